@@ -1,0 +1,128 @@
+"""Local self-attention in the place of a k x k convolution."""
+
+import torch
+from torch import Tensor, nn
+
+from sasa_det.ops import local_attention, local_attention_weights
+from sasa_det.ops.checks import check_heads, check_kernel_size
+
+EMBEDDING_STD = 0.1
+
+
+class LocalSelfAttention2d(nn.Module):
+    """Stand-alone local self-attention, Eq. 3 of arXiv 1906.05909: what replaces a convolution.
+
+    Queries, keys and values are three full 1x1 projections without bias; there is no output
+    projection. The paper's text reads as if the projections were grouped by head, its parameter
+    counts say that they are full. The resolution stays as it is; the paper downsamples by average
+    pooling afterwards.
+
+    Args:
+        in_channels (int): channels of the input.
+        out_channels (int): channels of the output, num_heads * head_dim with an even head_dim.
+        kernel_size (int): side of the window, odd.
+        num_heads (int): number of heads.
+        position (str): "relative" adds learned row and column embeddings, one a head and an offset
+            (the paper shares nothing between heads); "none" attends by content only.
+
+    Shape:
+        (N, in_channels, H, W) to (N, out_channels, H, W), any H, W >= 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        *,
+        position: str = "relative",
+    ) -> None:
+        super().__init__()
+        head_dim = check_heads(out_channels, num_heads)
+        check_kernel_size(kernel_size)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.num_heads = num_heads
+        # Query, key and value in one convolution: the input is read once.
+        self.projection = nn.Conv2d(in_channels, 3 * out_channels, kernel_size=1, bias=False)
+        self.rel_rows, self.rel_cols = make_embeddings(num_heads, kernel_size, head_dim, position)
+        init_projection(self.projection.weight, out_channels, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.projection(x).chunk(3, dim=1)
+        return local_attention(
+            query,
+            key,
+            value,
+            self.rel_rows,
+            self.rel_cols,
+            num_heads=self.num_heads,
+            kernel_size=self.kernel_size,
+        )
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""
+        query, key, _ = self.projection(x).chunk(3, dim=1)
+        return local_attention_weights(
+            query,
+            key,
+            self.rel_rows,
+            self.rel_cols,
+            num_heads=self.num_heads,
+            kernel_size=self.kernel_size,
+        )
+
+    def extra_repr(self) -> str:
+        position = "none" if self.rel_rows is None else "relative"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"num_heads={self.num_heads}, position={position}"
+        )
+
+
+class PreNormSelfAttention2d(nn.Module):
+    """x + attention(norm(x)): how attention stands where no batch norm precedes it.
+
+    Eq. 3 has no scale, so its softmax freezes when its input is large, as the outputs of an FPN
+    are; a norm in front keeps the logits small, and the residual keeps gradients alive. The paper
+    is silent on both; the README shows what each is worth.
+
+    Args:
+        attention (nn.Module): channels and resolution of its output are those of its input.
+        norm (nn.Module): applied to the input of the attention.
+    """
+
+    def __init__(self, attention: LocalSelfAttention2d, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+def make_embeddings(
+    num_heads: int, num_offsets: int, head_dim: int, position: str
+) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Row and column embeddings (num_heads, num_offsets, head_dim // 2), or (None, None)."""
+    if position not in ("relative", "none"):
+        raise ValueError(f'position must be "relative" or "none", but is {position!r}.')
+    if position == "none":
+        return None, None
+    shape = (num_heads, num_offsets, head_dim // 2)
+    # Small, so that training starts from attention by content: drawn at 1.0 it learns less well.
+    rows, cols = (nn.Parameter(torch.randn(shape) * EMBEDDING_STD) for _ in range(2))
+    return rows, cols
+
+
+@torch.no_grad()
+def init_projection(weight: Tensor, out_channels: int, head_dim: int) -> None:
+    """Variance-preserving, and the queries scaled by head_dim ** -0.5.
+
+    Eq. 3 has no hidden scale; this makes the logits of an input of unit variance start at unit
+    variance. ``weight`` holds the rows of query, key and value, one after another.
+    """
+    nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    weight[:out_channels] *= head_dim**-0.5

@@ -1,0 +1,77 @@
+"""The attention of the stem, in the place of the 7x7 convolution."""
+
+import torch
+from torch import Tensor, nn
+
+from sasa_det.ops import stem_attention
+from sasa_det.ops.checks import check_heads
+
+from .local_attention import init_projection, make_embeddings
+
+
+class StemSelfAttention2d(nn.Module):
+    """Attention inside non-overlapping blocks with spatially mixed values.
+
+    Section 3.3 of arXiv 1906.05909: pixels carry too little content for attention to find edges by,
+    so the value projection is a mixture of ``num_mixtures`` ones whose weights depend on the
+    position inside the block: p(a, b, m) = softmax_m((row_a + col_b) . nu_m).
+
+    Args:
+        in_channels (int): channels of the image.
+        out_channels (int): channels of the output, num_heads * head_dim with an even head_dim.
+        block_size (int): side of a block.
+        num_heads (int): number of heads.
+        num_mixtures (int): number of value projections that are mixed.
+        position (str): "relative" or "none", as in :class:`LocalSelfAttention2d`.
+
+    Shape:
+        (N, in_channels, H, W) to (N, out_channels, H, W); blocks that reach over the border are
+        clipped there.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        block_size: int = 4,
+        num_heads: int = 8,
+        num_mixtures: int = 4,
+        *,
+        position: str = "relative",
+    ) -> None:
+        super().__init__()
+        head_dim = check_heads(out_channels, num_heads)
+        self.block_size = block_size
+        self.num_heads = num_heads
+        self.query_key_weight = nn.Parameter(torch.empty(2 * out_channels, in_channels))
+        self.value_weights = nn.Parameter(torch.empty(num_mixtures, out_channels, in_channels))
+        self.rel_rows, self.rel_cols = make_embeddings(
+            num_heads, 2 * block_size - 1, head_dim, position
+        )
+        self.row_embedding = nn.Parameter(torch.randn(block_size, out_channels))
+        self.col_embedding = nn.Parameter(torch.randn(block_size, out_channels))
+        # nu of the paper, scaled so that the mixture starts neither uniform nor one-hot.
+        self.mixture_embedding = nn.Parameter(
+            torch.randn(num_mixtures, out_channels) * out_channels**-0.5
+        )
+        init_projection(self.query_key_weight, out_channels, head_dim)
+        nn.init.normal_(self.value_weights, std=in_channels**-0.5)
+
+    def mixture(self) -> Tensor:
+        """p(a, b, m) as (num_mixtures, block_size, block_size), summing to one over the first."""
+        position = self.row_embedding[:, None] + self.col_embedding[None, :]
+        logits = torch.einsum("abc,mc->mab", position, self.mixture_embedding)
+        return logits.softmax(dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query_weight, key_weight = self.query_key_weight.chunk(2)
+        return stem_attention(
+            x,
+            query_weight,
+            key_weight,
+            self.value_weights,
+            self.mixture(),
+            self.rel_rows,
+            self.rel_cols,
+            num_heads=self.num_heads,
+        )

@@ -1,0 +1,60 @@
+"""What a wrong argument gets: one sentence that names the value and the remedy."""
+
+from torch import Tensor
+
+
+def check_heads(channels: int, num_heads: int) -> int:
+    """Returns head_dim, the channels of a head."""
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(
+            f"{channels} channels do not divide into num_heads={num_heads}; "
+            "choose a number of heads that divides the channels."
+        )
+    head_dim = channels // num_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"head_dim must be even, half for rows and half for columns, but {channels} channels "
+            f"in num_heads={num_heads} make it {head_dim}; choose another number of heads."
+        )
+    return head_dim
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd, so that the window has a centre, but is {kernel_size}; "
+            f"choose {max(1, kernel_size - 1)} or {max(1, kernel_size + 1)}."
+        )
+
+
+def check_map(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 4 or min(tensor.shape[1:]) < 1:
+        raise ValueError(
+            f"{name} must be (N, C, H, W) with C, H, W >= 1, "
+            f"but has the shape {tuple(tensor.shape)}."
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be of a floating point dtype, but is {tensor.dtype}.")
+
+
+def check_embeddings(
+    rel_rows: Tensor | None, rel_cols: Tensor | None, shape: tuple[int, int, int], *, like: Tensor
+) -> None:
+    if (rel_rows is None) != (rel_cols is None):
+        raise ValueError("rel_rows and rel_cols must be given together, or both be None.")
+    if rel_rows is not None and rel_cols is not None:
+        check_tensor("rel_rows", rel_rows, shape, like=like)
+        check_tensor("rel_cols", rel_cols, shape, like=like)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, like: Tensor) -> None:
+    """``like`` is the first argument of the call."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have the shape {tuple(shape)}, but has {tuple(tensor.shape)}."
+        )
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} as the first argument is, "
+            f"but is {tensor.dtype} on {tensor.device}."
+        )

@@ -1,0 +1,176 @@
+"""The public functions: argument checks and autocast around the registered operators."""
+
+import torch
+from torch import Tensor
+
+from . import eager, registration
+from .checks import check_embeddings, check_heads, check_kernel_size, check_map, check_tensor
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    num_heads: int,
+    kernel_size: int,
+) -> Tensor:
+    r"""Stand-alone local self-attention with relative positions, Eq. 3 of arXiv 1906.05909.
+
+    For every head and every position (i, j),
+
+    .. math::
+        y_{ij} = \sum_{(a,b) \in N_k(i,j)}
+            \mathrm{softmax}_{ab}(q_{ij} \cdot k_{ab} + q_{ij} \cdot r_{a-i,\,b-j})\, v_{ab},
+        \qquad r_{a-i,\,b-j} = [\,\mathrm{rel\_rows}_{a-i},\ \mathrm{rel\_cols}_{b-j}\,]
+
+    where N_k is the k x k window centred on (i, j) and clipped at the border: positions outside
+    the map take no part in the softmax. There is no hidden scale; whoever computes the queries
+    decides on one. Gradients reach all five tensors.
+
+    Args:
+        query, key, value (Tensor[N, C, H, W]): C = num_heads * head_dim, the channels of a head
+            contiguous, head_dim even; float32, float64, bfloat16 or float16, all alike; contiguous,
+            channels_last or any other strides; any H, W >= 1.
+        rel_rows, rel_cols (Tensor[num_heads, kernel_size, head_dim // 2] or None): embeddings of
+            the row and of the column offset, index 0 being the offset -(kernel_size // 2). The
+            first half of a head's query channels meets ``rel_rows``, the second ``rel_cols``.
+            Both None: attention by content only.
+        num_heads (int): how many heads share the channels.
+        kernel_size (int): side k of the window, odd.
+
+    Returns:
+        Tensor[N, C, H, W]: in the dtype and the memory format of ``query``. bfloat16 and float16
+        are computed in float32 inside. Under autocast all tensors but float64 ones are cast first.
+
+    Raises:
+        ValueError: if the shapes, dtypes or devices do not fit together.
+
+    Example::
+
+        >>> q, k, v = torch.randn(3, 2, 64, 20, 30)
+        >>> rel_rows, rel_cols = torch.randn(2, 8, 7, 4)
+        >>> local_attention(q, k, v, rel_rows, rel_cols, num_heads=8, kernel_size=7).shape
+        torch.Size([2, 64, 20, 30])
+    """
+    query, key, value, rel_rows, rel_cols = _cast_for_autocast(
+        query, key, value, rel_rows, rel_cols
+    )
+    _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
+    check_tensor("value", value, query.shape, like=query)
+    output, _ = registration.local_attention_op(
+        query, key, value, rel_rows, rel_cols, num_heads, kernel_size
+    )
+    return output
+
+
+def local_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    num_heads: int,
+    kernel_size: int,
+) -> Tensor:
+    """The softmax of :func:`local_attention` itself, for looking at it; takes k*k times its memory.
+
+    Args:
+        query, key, rel_rows, rel_cols, num_heads, kernel_size: as in :func:`local_attention`.
+
+    Returns:
+        Tensor[N, num_heads, kernel_size ** 2, H, W]: float32 (float64 for float64 queries); the
+        window row by row from its top left; zero where the window leaves the map. Not differentiable.
+    """
+    _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
+    with torch.no_grad():
+        return eager.local_attention_weights(query, key, rel_rows, rel_cols, num_heads, kernel_size)
+
+
+def stem_attention(
+    image: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weights: Tensor,
+    mixture: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    num_heads: int,
+) -> Tensor:
+    r"""Attention of the stem: Eq. 3 inside non-overlapping blocks, values spatially mixed.
+
+    Section 3.3 of arXiv 1906.05909. The image is cut into B x B blocks from the top left corner;
+    a position attends to the positions of its own block, and the value of the pixel x_ab is
+
+    .. math:: v_{ab} = \Bigl(\sum_m p(a, b, m)\, W_V^m\Bigr) x_{ab}
+
+    with (a, b) the position inside its block. Blocks that reach over the bottom or the right
+    border are clipped there. From the few channels of the image to the attention's output this is
+    one operator, because queries, keys and values at full resolution are what costs memory: none
+    of them is kept for the backward.
+
+    Args:
+        image (Tensor[N, C_in, H, W]): any H, W >= 1.
+        query_weight, key_weight (Tensor[C, C_in]): projections; C = num_heads * head_dim.
+        value_weights (Tensor[M, C, C_in]): W_V^m, the M value projections.
+        mixture (Tensor[M, B, B]): p(a, b, m), which sum to one over m; B is the block's side.
+        rel_rows, rel_cols (Tensor[num_heads, 2 * B - 1, head_dim // 2] or None): as in
+            :func:`local_attention`, index 0 being the offset -(B - 1).
+        num_heads (int): how many heads share the C channels.
+
+    Returns:
+        Tensor[N, C, H, W]: in the dtype of ``image``.
+
+    Raises:
+        ValueError: if the shapes, dtypes or devices do not fit together.
+    """
+    image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols = (
+        _cast_for_autocast(
+            image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols
+        )
+    )
+    check_map("image", image)
+    head_dim = check_heads(query_weight.shape[0], num_heads)
+    out_channels = query_weight.shape[0]
+    num_mixtures, block_size = mixture.shape[0], mixture.shape[-1]
+    expected = {
+        "query_weight": (query_weight, (out_channels, image.shape[1])),
+        "key_weight": (key_weight, (out_channels, image.shape[1])),
+        "value_weights": (value_weights, (num_mixtures, out_channels, image.shape[1])),
+        "mixture": (mixture, (num_mixtures, block_size, block_size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        check_tensor(name, tensor, shape, like=image)
+    check_embeddings(rel_rows, rel_cols, (num_heads, 2 * block_size - 1, head_dim // 2), like=image)
+    return registration.stem_attention_op(
+        image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads
+    )
+
+
+def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
+    device_type = tensors[0].device.type  # type: ignore[union-attr]
+    if not torch.is_autocast_enabled(device_type):
+        return tensors  # type: ignore[return-value]
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(  # type: ignore[return-value]
+        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    num_heads: int,
+    kernel_size: int,
+) -> None:
+    check_map("query", query)
+    check_tensor("key", key, query.shape, like=query)
+    head_dim = check_heads(query.shape[1], num_heads)
+    check_kernel_size(kernel_size)
+    check_embeddings(rel_rows, rel_cols, (num_heads, kernel_size, head_dim // 2), like=query)
