@@ -1,0 +1,75 @@
+"""Stand-ins for what an installation of detectron2 0.5 from PyPI lacks.
+
+``detectron2-cdo`` on PyPI is upstream's v0.5 as pure Python: without its compiled extension, and
+with names that newer Pillow and NumPy removed. :func:`fill_gaps` puts a stand-in only where
+something is missing; an installation that is whole is left untouched.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _NotCompiled(ModuleType):
+    """In the place of ``detectron2._C``: importable, and clear about what calling it would need."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system and inspect look for
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(
+                f"detectron2's compiled operator {name!r} is not part of this installation; "
+                "install upstream detectron2 from source to use it."
+            )
+
+        return missing
+
+    # detectron2's report on the environment asks for these three.
+    @staticmethod
+    def get_compiler_version() -> str:
+        return "none: detectron2 is installed as pure Python"
+
+    @staticmethod
+    def get_cuda_version() -> str:
+        return "not available"
+
+    @staticmethod
+    def has_cuda() -> bool:
+        return False
+
+
+def has_compiled_operators() -> bool:
+    """Whether this detectron2 has its compiled extension (its fast COCO evaluation needs it)."""
+    module = sys.modules.get("detectron2._C")
+    if module is not None:
+        return not isinstance(module, _NotCompiled)
+    return importlib.util.find_spec("detectron2._C") is not None
+
+
+def fill_gaps() -> None:
+    """Call before the first import of a module of detectron2."""
+    import detectron2
+
+    if not has_compiled_operators():
+        stand_in = _NotCompiled("detectron2._C")
+        sys.modules["detectron2._C"] = stand_in
+        detectron2._C = stand_in
+    if not _is_at_least_0_6(detectron2.__version__):
+        _restore_removed_names()
+
+
+def _is_at_least_0_6(version: str) -> bool:
+    return tuple(int(part) for part in version.split(".")[:2]) >= (0, 6)
+
+
+def _restore_removed_names() -> None:
+    import numpy as np
+    from PIL import Image
+
+    if not hasattr(Image, "LINEAR"):  # removed in Pillow 10
+        Image.LINEAR = Image.BILINEAR  # type: ignore[attr-defined]
+    for name, builtin in (("bool", bool), ("int", int), ("float", float)):
+        if not hasattr(np, name):  # removed in NumPy 1.24
+            setattr(np, name, builtin)

@@ -1,0 +1,145 @@
+"""Every config key that sasa_det adds to detectron2's, its default and its meaning."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+_STAGES = ("res2", "res3", "res4", "res5")
+_CHOICES = {"STEM": ("conv", "attention"), "POSITION": ("relative", "none")}
+_OPTIMIZERS = ("SGD", "ADAMW")
+
+
+def add_sasa_config(cfg: CfgNode) -> None:
+    """Adds ``MODEL.SASA`` and a few keys for training to a config of detectron2, in place.
+
+    The defaults describe the paper's full attention model.
+    """
+    cfg.MODEL.SASA = CfgNode()
+    # "attention": the attention stem of the paper. "conv": detectron2's 7x7 convolution.
+    cfg.MODEL.SASA.STEM = "attention"
+    # The stages whose 3x3 convolutions become attention; empty for the convolutional baseline.
+    cfg.MODEL.SASA.ATTENTION_STAGES = _STAGES
+    # Side of the attention window, odd.
+    cfg.MODEL.SASA.KERNEL_SIZE = 7
+    # Heads of every attention layer; each must get an even number of channels.
+    cfg.MODEL.SASA.NUM_HEADS = 8
+    # "relative": row and column embeddings. "none": attention by content only.
+    cfg.MODEL.SASA.POSITION = "relative"
+    # Attention in the towers and predictors of SASARetinaNet's head. It always has a norm:
+    # MODEL.RETINANET.NORM, or GN where that is empty.
+    cfg.MODEL.SASA.HEAD_ATTENTION = True
+    # Attention for the 3x3 convolutions of the FPN's outputs. It always has a norm:
+    # MODEL.FPN.NORM, or GN where that is empty.
+    cfg.MODEL.SASA.FPN_ATTENTION = False
+
+    # Train on squares of this side, in pixels, cut from or padded around the randomly scaled
+    # image; 0 keeps the resizing of INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.IMAGE_SIZE = 0
+    # The range of that random scale, relative to the image fitted into the square.
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+    # "SGD" or "ADAMW"; the other SOLVER keys mean the same for both.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """The frozen config of a YAML file, changed by ["KEY", "VALUE", ...] pairs, checked.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown key or an impossible value, with what is allowed instead.
+    """
+    if not Path(config_file).is_file():
+        raise FileNotFoundError(
+            f"The config file {config_file!r} does not exist; the ones of this package are in "
+            "configs/, for instance configs/retinanet_full_attn.yaml."
+        )
+    cfg = get_cfg()
+    add_sasa_config(cfg)
+    try:
+        # Never execute what a YAML file says: detectron2 would by default.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except KeyError as error:
+        raise ValueError(_unknown_key(cfg, str(error.args[0]), f" in {config_file}")) from error
+    if len(overrides) % 2:
+        raise ValueError(
+            "Overrides are KEY VALUE pairs, but their number is odd: " + " ".join(overrides)
+        )
+    for key, value in zip(overrides[::2], overrides[1::2]):
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, KeyError) as error:
+            raise ValueError(_unknown_key(cfg, key, " on the command line")) from error
+    check_sasa_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_sasa_config(cfg: CfgNode) -> None:
+    """Raises ValueError, naming key, value and what is allowed, for the first impossible value."""
+    if "SASA" not in cfg.MODEL:
+        raise ValueError(
+            "The config has no MODEL.SASA; call sasa_det.add_sasa_config(cfg) "
+            "right after detectron2's get_cfg()."
+        )
+    sasa = cfg.MODEL.SASA
+    for key, allowed in _CHOICES.items():
+        _check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
+    _check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
+    for stage in sasa.ATTENTION_STAGES:
+        _check_choice("MODEL.SASA.ATTENTION_STAGES", stage, _STAGES)
+    if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
+        raise ValueError(
+            f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
+        )
+    _check_channels(cfg)
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    """Every attention layer's channels must divide into heads of an even size."""
+    sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
+    bottleneck = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
+    channels = {
+        f"{bottleneck * 2**i} channels of {stage} (MODEL.RESNETS.WIDTH_PER_GROUP)": bottleneck
+        * 2**i
+        for i, stage in enumerate(_STAGES)
+        if stage in sasa.ATTENTION_STAGES
+    }
+    if sasa.STEM == "attention":
+        stem = resnets.STEM_OUT_CHANNELS
+        channels[f"{stem} channels of the stem (MODEL.RESNETS.STEM_OUT_CHANNELS)"] = stem
+    uses_fpn = sasa.FPN_ATTENTION or cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
+    if uses_fpn and (sasa.FPN_ATTENTION or sasa.HEAD_ATTENTION):
+        fpn = cfg.MODEL.FPN.OUT_CHANNELS
+        channels[f"{fpn} channels of the FPN (MODEL.FPN.OUT_CHANNELS)"] = fpn
+    for what, number in channels.items():
+        if sasa.NUM_HEADS < 1 or number % (2 * sasa.NUM_HEADS):
+            raise ValueError(
+                f"MODEL.SASA.NUM_HEADS is {sasa.NUM_HEADS}, which does not divide the {what} into "
+                "heads of an even size; choose a NUM_HEADS that does."
+            )
+
+
+def _check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, but is {value!r}.")
+
+
+def _unknown_key(cfg: CfgNode, message: str, where: str) -> str:
+    """``message`` is yacs's, or the key itself."""
+    key = message.rsplit(" ", 1)[-1]
+    known = _flat_keys(cfg)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"There is no config key {key!r}{where}{hint}"
+
+
+def _flat_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys += _flat_keys(value, f"{prefix}{key}.")
+    return keys

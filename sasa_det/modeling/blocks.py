@@ -1,0 +1,104 @@
+"""The stem and the bottleneck of the attention ResNets."""
+
+import fvcore.nn.weight_init as weight_init
+import torch.nn.functional as F
+from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from torch import Tensor
+
+from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
+
+
+class AttentionStem(CNNBlockBase):
+    """The attention stem of arXiv 1906.05909, section 3.3: stride 4, as the convolutional one.
+
+    Args:
+        in_channels (int): channels of the image.
+        out_channels (int): channels of the output.
+        norm (str or callable): normalisation after the attention, as in detectron2's ``get_norm``.
+        num_heads (int): heads of the attention.
+        position (str): "relative" or "none".
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        *,
+        norm="BN",
+        num_heads: int = 8,
+        position: str = "relative",
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride=4)
+        self.attention = StemSelfAttention2d(
+            in_channels, out_channels, num_heads=num_heads, position=position
+        )
+        self.norm = get_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.norm(self.attention(x)))
+        # ceil_mode: a block clipped by the border still is one position of the output.
+        return F.max_pool2d(x, kernel_size=4, stride=4, ceil_mode=True)
+
+
+class AttentionBottleneckBlock(CNNBlockBase):
+    """A bottleneck whose spatial layer is local self-attention, arXiv 1906.05909, section 3.2.
+
+    1x1 convolution, attention at the resolution of the input, 2x2 average pooling where the block
+    downsamples, 1x1 convolution, and detectron2's projection shortcut.
+
+    Args:
+        in_channels, out_channels (int): channels of input and output.
+        bottleneck_channels (int): channels of the attention.
+        stride (int): 1 or 2.
+        norm (str or callable): normalisation after each layer, as in detectron2's ``get_norm``.
+        kernel_size (int): side of the attention window, odd.
+        num_heads (int): heads of the attention.
+        position (str): "relative" or "none".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bottleneck_channels: int,
+        stride: int = 1,
+        norm="BN",
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        position: str = "relative",
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        self.shortcut = None
+        if in_channels != out_channels or stride != 1:
+            self.shortcut = _conv_1x1(in_channels, out_channels, norm, stride=stride)
+        self.conv1 = _conv_1x1(in_channels, bottleneck_channels, norm)
+        self.attention = LocalSelfAttention2d(
+            bottleneck_channels, bottleneck_channels, kernel_size, num_heads, position=position
+        )
+        self.attention_norm = get_norm(norm, bottleneck_channels)
+        self.conv3 = _conv_1x1(bottleneck_channels, out_channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.conv1(x))
+        out = self.attention(out)
+        if self.stride > 1:
+            # ceil_mode: the size that the shortcut's strided convolution has.
+            out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
+        out = F.relu_(self.attention_norm(out))
+        out = self.conv3(out)
+        out += x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(out)
+
+
+def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size=1,
+        stride=stride,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+    )
+    weight_init.c2_msra_fill(conv)
+    return conv
