@@ -23,5 +23,8 @@ else:
 
     from . import modeling  # noqa: F401  (registers the models)
     from .config import add_sasa_config
+    from .data import register_digits
+
+    register_digits()
 
     __all__ = ["add_sasa_config"]

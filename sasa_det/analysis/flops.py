@@ -66,7 +66,7 @@ def count_detector(model: nn.Module, image_size: int) -> DetectorCost:
         )
     network = _DetectorNetwork(model)
     flops = _count(network, image_size)
-    params = Counter({name: 0 for name in flops})
+    params = Counter(dict.fromkeys(flops, 0))
     for name, parameter in network.named_parameters():
         prefixes = name.split(".")
         for depth in range(len(prefixes)):
@@ -91,7 +91,7 @@ def count_network(network: nn.Module, image_size: int) -> ModelCost:
 
 
 def flop_handles(*, dense: bool) -> dict[str, Handle]:
-    """fvcore's handles for the operators of this package; as all of fvcore's, a multiply-add is one.
+    """fvcore's handles for this package's operators; as in all of them, a multiply-add is one.
 
     Args:
         dense (bool): count as the paper does, see :mod:`sasa_det.ops.flops`.
@@ -132,7 +132,7 @@ def _analyse(network: nn.Module, images: Tensor, *, dense: bool) -> Counter[str]
     """FLOPs of each module, a multiply and an add being two."""
     analysis = FlopCountAnalysis(network, (images,))
     # Not None: fvcore would go on using its own handle where it has one.
-    analysis.set_op_handle(**{name: _count_nothing for name in _NOT_COUNTED})
+    analysis.set_op_handle(**dict.fromkeys(_NOT_COUNTED, _count_nothing))
     analysis.set_op_handle(**flop_handles(dense=dense))
     analysis.uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")

@@ -47,7 +47,7 @@ def make_sasa_resnet(
     Args:
         depth (int): 26, 38, 50, 101 or 152.
         stem (str): "attention" or "conv".
-        attention_stages (tuple[str]): out of res2, res3, res4 and res5; the others are convolutional.
+        attention_stages (tuple[str]): out of res2, res3, res4, res5; the others are convolutional.
         kernel_size, num_heads, position: of every attention layer.
         norm (str or callable): as in detectron2's ``get_norm``.
         in_channels, stem_channels, res2_channels (int): of the image, the stem and stage res2.

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .eager import compute_dtype
 
-# Blocks worked on at once: bounds the scratch memory whatever the size of the images, and keeps it in
-# allocations small enough to be reused (at 4096 blocks, fresh pages took most of the time).
+# Blocks worked on at once. Bounds the scratch memory whatever the size of the images, and keeps its
+# allocations small enough to be reused: at 4096 blocks, fresh pages took most of the time.
 _CHUNK = 1024
 
 

@@ -82,7 +82,7 @@ def local_attention_weights(
 
     Returns:
         Tensor[N, num_heads, kernel_size ** 2, H, W]: float32 (float64 for float64 queries); the
-        window row by row from its top left; zero where the window leaves the map. Not differentiable.
+        window row by row from its top left; zero where it leaves the map. Not differentiable.
     """
     _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
     with torch.no_grad():

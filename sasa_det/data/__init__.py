@@ -1,0 +1,7 @@
+"""Data: the built-in dataset, the training augmentation, checks before a run starts."""
+
+from .checks import check_datasets
+from .digits import register_digits
+from .mapper import build_train_mapper
+
+__all__ = ["build_train_mapper", "check_datasets", "register_digits"]

@@ -1,0 +1,87 @@
+#!/usr/bin/env python
+"""Trains and evaluates a detector of this package, or any of detectron2's.
+
+    python tools/train_net.py --config configs/retinanet_full_attn.yaml --num-gpus 8
+    python tools/train_net.py --config configs/retinanet_full_attn.yaml --resume
+    python tools/train_net.py --config configs/retinanet_full_attn.yaml --eval-only \
+        MODEL.WEIGHTS output/model_final.pth
+
+Any config key can be changed at the end of the command: SOLVER.IMS_PER_BATCH 16 OUTPUT_DIR out.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import sasa_det  # noqa: F401  (registers models and datasets; before detectron2, see compat.py)
+
+# isort: split
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+
+from sasa_det.config import load_config
+from sasa_det.data import check_datasets
+from sasa_det.engine import Trainer
+
+
+def main(args: argparse.Namespace) -> None:
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Trainer.test(cfg, model)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The checked config of the command line; logging and seeds are set up."""
+    cfg = load_config(args.config_file, args.opts)
+    check_datasets([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    cfg.defrost()
+    weights = Path(cfg.MODEL.WEIGHTS)
+    if args.eval_only and weights.is_file() and "OUTPUT_DIR" not in args.opts:
+        cfg.OUTPUT_DIR = str(weights.parent)  # results belong beside what they are results of
+    no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if no_gpu:
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    default_setup(cfg, args)
+    if no_gpu:
+        logging.getLogger("detectron2").warning("No GPU is available: running on the CPU.")
+    return cfg
+
+
+def parse_args() -> argparse.Namespace:
+    parser = default_argument_parser(epilog=__doc__)
+    args = parser.parse_args()
+    if not args.config_file:
+        parser.error("--config FILE is missing, for instance configs/retinanet_full_attn.yaml")
+    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
+        parser.error(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}"
+        )
+    return args
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:
+        launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except (FileNotFoundError, ValueError) as error:
+        # What the user can mend: one sentence instead of a stack of frames.
+        sys.exit(f"error: {error}")
