@@ -4,18 +4,25 @@
 ``sasa_det.layers`` need torch only.
 """
 
-import importlib.util
 import warnings
+from typing import Any
 
 __version__ = "0.1.0"
 
 _INSTALL_HINT = (
-    "sasa_det found no detectron2, so only sasa_det.ops and sasa_det.layers work; install "
-    "detectron2 as sasa_det's README says under 'Install', from GitHub or from PyPI."
+    "sasa_det found no detectron2, so only sasa_det.ops and sasa_det.layers work here; "
+    "install detectron2 from GitHub or from PyPI as the README says under Install."
 )
 
-if importlib.util.find_spec("detectron2") is None:
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError:
     warnings.warn(_INSTALL_HINT, stacklevel=2)
+
+    def __getattr__(name: str) -> Any:
+        if name == "add_sasa_config":
+            raise ImportError(_INSTALL_HINT)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 else:
     from . import compat
 

@@ -42,7 +42,7 @@ class DetectorCost(NamedTuple):
 class _DetectorNetwork(nn.Module):
     """What has weights in a dense detector: no normalisation of pixels, anchors and NMS."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
@@ -53,7 +53,7 @@ class _DetectorNetwork(nn.Module):
         return self.head([features[name] for name in self.head_in_features])
 
 
-def count_detector(model: nn.Module, image_size: int) -> DetectorCost:
+def count_detector(model: Any, image_size: int) -> DetectorCost:
     """Counts a detectron2 RetinaNet on one square image of ``image_size`` pixels.
 
     Raises:
@@ -144,7 +144,7 @@ def _analyse(network: nn.Module, images: Tensor, *, dense: bool) -> Counter[str]
             f"The network runs operators that would go uncounted: {names}; add them to "
             "sasa_det/analysis/flops.py, with a handle or among those not counted."
         )
-    return Counter({name: 2 * count for name, count in multiply_adds.items()})
+    return Counter({name: int(2 * count) for name, count in multiply_adds.items()})
 
 
 def _count_nothing(inputs: list, outputs: list) -> int:

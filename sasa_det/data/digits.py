@@ -25,7 +25,7 @@ _SEED = {"train": 2019, "val": 6909}
 # Of 1797 samples the last ones, by other writers, are kept for validation.
 _NUM_TRAIN_SAMPLES = 1400
 # Heights in pixels: small, medium and large by COCO's areas, 32**2 and 96**2.
-_HEIGHTS = {"small": (14, 30), "medium": (38, 80), "large": (108, 124)}
+_HEIGHTS = {"small": (20, 31), "medium": (40, 72), "large": (108, 124)}
 # How many of each size an image may have, the largest first.
 _COUNTS = {"large": (0, 1), "medium": (0, 2), "small": (1, 3)}
 _MIN_VISIBLE = 0.75
@@ -131,8 +131,7 @@ def _draw(
     rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndarray
 ) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
     """A picture and its objects: (digit, (x, y, width, height))."""
-    dark = rng.random() < 0.5
-    canvas = _background(rng, dark)
+    canvas = _background(rng)
     objects = []
     masks: list[np.ndarray] = []
     for size, (least, most) in _COUNTS.items():
@@ -144,27 +143,22 @@ def _draw(
             if hidden and max(hidden) > 1 - _MIN_VISIBLE:
                 continue
             masks = [m * (1 - mask) for m in masks] + [mask]
-            colour = _colour(rng, light=dark)
+            colour = rng.uniform(140, 255, 3)
             canvas = canvas * (1 - mask[..., None]) + colour * mask[..., None]
             objects.append((int(labels[sample]), box))
     canvas += rng.normal(0, 6, canvas.shape)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), objects
 
 
-def _colour(rng: np.random.Generator, *, light: bool) -> np.ndarray:
-    return rng.uniform(150, 255, 3) if light else rng.uniform(0, 105, 3)
-
-
-def _background(rng: np.random.Generator, dark: bool) -> np.ndarray:
-    """A soft gradient of colours with strokes over it."""
-    low, high = (0, 110) if dark else (145, 255)
-    patches = Image.fromarray(rng.integers(low, high, (4, 4, 3), dtype=np.uint8))
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """Soft dark patches of colour with strokes over them."""
+    patches = Image.fromarray(rng.integers(0, 100, (4, 4, 3), dtype=np.uint8))
     picture = patches.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(2, 6)):
         points = [tuple(p) for p in rng.integers(0, IMAGE_SIZE, (rng.integers(2, 4), 2)).tolist()]
-        # Strokes as light as the digits, or nothing would have to be told from them.
-        colour = tuple(int(c) for c in _colour(rng, light=dark))
+        # As light as a digit may be, or brightness alone would tell one from the other.
+        colour = tuple(rng.integers(60, 220, 3).tolist())
         draw.line(points, fill=colour, width=int(rng.integers(1, 4)))
     return np.asarray(picture, dtype=np.float64)
 

@@ -1,6 +1,7 @@
 """ResNet-26, 38, 50 and deeper with attention where the config says, and the same with an FPN."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, ShapeSpec
@@ -62,7 +63,7 @@ def make_sasa_resnet(
     if depth not in _BLOCKS_PER_STAGE:
         known = ", ".join(map(str, _BLOCKS_PER_STAGE))
         raise ValueError(f"The depth (MODEL.RESNETS.DEPTH) must be one of {known}, but is {depth}.")
-    attention = {"num_heads": num_heads, "position": position}
+    attention: dict[str, Any] = {"num_heads": num_heads, "position": position}
     stem_module: CNNBlockBase
     if stem == "conv":
         stem_module = BasicStem(in_channels, stem_channels, norm=norm)
@@ -72,11 +73,17 @@ def make_sasa_resnet(
     channels, out_channels = stem_channels, res2_channels
     for index, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
         if f"res{index + 2}" in attention_stages:
-            options = {"block_class": AttentionBottleneckBlock, "kernel_size": kernel_size}
-            options |= attention
+            options = {
+                "block_class": AttentionBottleneckBlock,
+                "kernel_size": kernel_size,
+                **attention,
+            }
         else:
-            options = {"block_class": BottleneckBlock, "num_groups": num_groups}
-            options |= {"stride_in_1x1": stride_in_1x1}
+            options = {
+                "block_class": BottleneckBlock,
+                "num_groups": num_groups,
+                "stride_in_1x1": stride_in_1x1,
+            }
         first_stride = 1 if index == 0 else 2
         stages.append(
             ResNet.make_stage(

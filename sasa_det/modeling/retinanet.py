@@ -1,5 +1,7 @@
 """RetinaNet whose head may be made of attention."""
 
+import math
+
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -81,16 +83,18 @@ class AttentionRetinaNetHead(RetinaNetHead):
         def tower() -> nn.Sequential:
             return nn.Sequential(*(layer for _ in conv_dims for layer in (attention(), nn.ReLU())))
 
-        def predictor(conv_3x3: nn.Conv2d) -> nn.Sequential:
-            projection = nn.Conv2d(channels, conv_3x3.out_channels, kernel_size=1)
+        def predictor(outputs: int, bias: float) -> nn.Sequential:
+            projection = nn.Conv2d(channels, outputs, kernel_size=1)
             nn.init.normal_(projection.weight, std=0.01)
-            # What RetinaNetHead chose: for the classes, the prior of the focal loss.
-            projection.bias.data.copy_(conv_3x3.bias.data)
+            nn.init.constant_(projection.bias, bias)  # type: ignore[arg-type]
             return nn.Sequential(attention(), projection)
 
         self.cls_subnet, self.bbox_subnet = tower(), tower()
-        self.cls_score = predictor(self.cls_score)
-        self.bbox_pred = predictor(self.bbox_pred)
+        # The prior of the focal loss: at the start every class has the probability prior_prob.
+        self.cls_score = predictor(
+            num_anchors * num_classes, bias=-math.log((1 - prior_prob) / prior_prob)
+        )
+        self.bbox_pred = predictor(num_anchors * 4, bias=0.0)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:

@@ -1,5 +1,7 @@
 """The public functions: argument checks and autocast around the registered operators."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -150,14 +152,14 @@ def stem_attention(
     )
 
 
-def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _cast_for_autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
-    device_type = tensors[0].device.type  # type: ignore[union-attr]
+    device_type = first.device.type
     if not torch.is_autocast_enabled(device_type):
-        return tensors  # type: ignore[return-value]
+        return first, *others
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(  # type: ignore[return-value]
-        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    return tuple(
+        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others)
     )
 
 

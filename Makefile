@@ -1,0 +1,31 @@
+# Each target sets up what it needs, once, in .venv; a machine that reaches PyPI is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+export DETECTRON2_DATASETS ?= datasets
+
+.PHONY: demo test lint clean
+
+demo: .venv/.ready  ## train a small attention detector on the built-in dataset, and draw what it sees
+	$(BIN)/python tools/demo.py
+
+test: .venv/.ready  ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## everything that the other targets made
+	rm -rf .venv output datasets/sasa_digits
+
+# detectron2 comes after torch, from a package that has its Python files only: hence the flags. Older
+# pips do not pass them on, newer ones refuse the package's optional dependencies.
+.venv/.ready: requirements.txt setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet pip==25.3 setuptools==80.10.2 wheel==0.48.0
+	$(BIN)/python -m pip install --progress-bar off --requirement requirements.txt
+	$(BIN)/python -m pip install --no-build-isolation --no-deps detectron2-cdo==0.5 \
+		--config-settings=--global-option=build_py --config-settings=--build-option=--skip-build
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	touch $@

@@ -1,0 +1,30 @@
+"""Packaging; tool settings are in pyproject.toml, the pinned environment in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "sasa_det/__init__.py").read_text())[1]
+
+setup(
+    name="sasa_det",
+    version=VERSION,
+    description="Stand-alone self-attention instead of convolution, for detectron2",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["sasa_det", "sasa_det.*"]),
+    python_requires=">=3.10",
+    # detectron2 itself is not on PyPI under its name: README, "Install".
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "detection": ["torchvision>=0.21", "pycocotools>=2.0.6", "fvcore>=0.1.5,<0.1.6"],
+        "demo": ["scikit-learn>=1.3", "matplotlib>=3.6"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

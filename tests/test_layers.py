@@ -1,0 +1,98 @@
+"""The layers: shapes, initialisation, what they refuse; they import torch and nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d, StemSelfAttention2d
+
+
+@pytest.mark.parametrize("position", ["relative", "none"])
+def test_local_attention_keeps_the_resolution(position):
+    layer = LocalSelfAttention2d(6, 16, kernel_size=5, num_heads=4, position=position)
+    assert layer(torch.randn(2, 6, 7, 1)).shape == (2, 16, 7, 1)
+
+
+def test_projections_are_full_and_without_bias_and_embeddings_belong_to_heads():
+    layer = LocalSelfAttention2d(64, 128, kernel_size=7, num_heads=8)
+    embeddings = 2 * 8 * 7 * (128 // 8 // 2)
+    assert sum(p.numel() for p in layer.parameters()) == 3 * 64 * 128 + embeddings
+
+
+def test_logits_of_a_normalised_input_start_at_unit_variance():
+    torch.manual_seed(0)
+    layer = LocalSelfAttention2d(256, 256, position="none")
+    query, key, value = layer.projection(torch.randn(4, 256, 16, 16)).chunk(3, dim=1)
+    logits = (query * key).unflatten(1, (8, 32)).sum(dim=2)
+    assert logits.std().item() == pytest.approx(1, rel=0.1)
+    assert value.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_pre_norm_attention_starts_from_its_input_whatever_the_scale():
+    torch.manual_seed(0)
+    attention = LocalSelfAttention2d(32, 32, num_heads=4)
+    layer = PreNormSelfAttention2d(attention, torch.nn.GroupNorm(8, 32))
+    x = torch.randn(1, 32, 9, 9)
+    torch.testing.assert_close(layer(100 * x) - 100 * x, layer(x) - x, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_weights_of_the_layer_sum_to_one():
+    layer = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2)
+    weights = layer.attention_weights(torch.randn(1, 8, 5, 6))
+    assert weights.shape == (1, 2, 9, 5, 6)
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(1, 2, 5, 6))
+
+
+def test_stem_clips_blocks_at_the_border():
+    layer = StemSelfAttention2d(3, 16, num_heads=2)
+    x = torch.randn(1, 3, 10, 7)
+    assert layer(x).shape == (1, 16, 10, 7)
+    torch.testing.assert_close(layer(x)[:, :, :8, :4], layer(x[:, :, :8, :4]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_channels": 30}, "30 channels do not divide into num_heads=8"),
+        ({"out_channels": 24}, "head_dim must be even"),
+        ({"kernel_size": 6}, "kernel_size must be odd.*choose 5 or 7"),
+        ({"position": "absolute"}, 'position must be "relative" or "none", but is \'absolute\''),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LocalSelfAttention2d(**{"in_channels": 32, "out_channels": 32, **options})
+
+
+WITHOUT_DETECTRON2 = """
+import importlib.abc, sys, warnings
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"detectron2", "fvcore", "torchvision", "pycocotools"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import sasa_det.layers, sasa_det.ops, torch
+print(*(str(w.message) for w in caught if "detectron2" in str(w.message)), sep="|")
+print(sasa_det.layers.LocalSelfAttention2d(8, 8, num_heads=2)(torch.zeros(1, 8, 3, 3)).shape)
+try:
+    sasa_det.add_sasa_config
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_detectron2_the_operator_works_and_one_sentence_says_what_to_install():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DETECTRON2], capture_output=True, text=True, check=True
+    )
+    warning, shape, error = run.stdout.splitlines()
+    assert warning.count("install detectron2") == 1
+    assert "|" not in warning
+    assert shape == "torch.Size([1, 8, 3, 3])"
+    assert "install detectron2" in error
