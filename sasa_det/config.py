@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -63,6 +64,9 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except KeyError as error:
         raise ValueError(_unknown_key(cfg, str(error.args[0]), f" in {config_file}")) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config file {config_file!r} is no plain YAML: {reason}") from error
     if len(overrides) % 2:
         raise ValueError(
             "Overrides are KEY VALUE pairs, but their number is odd: " + " ".join(overrides)

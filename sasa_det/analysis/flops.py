@@ -84,10 +84,10 @@ def count_detector(model: Any, image_size: int) -> DetectorCost:
     return DetectorCost(cost(""), parts)
 
 
-def count_network(network: nn.Module, image_size: int) -> ModelCost:
-    """Counts any network on one square RGB image of ``image_size`` pixels."""
+def count_network(network: nn.Module, image_size: int, in_channels: int = 3) -> ModelCost:
+    """Counts any network on one square image of ``image_size`` pixels."""
     params = sum(p.numel() for p in network.parameters())
-    return ModelCost(params, *_count(network, image_size)[""])
+    return ModelCost(params, *_count(network, image_size, in_channels)[""])
 
 
 def flop_handles(*, dense: bool) -> dict[str, Handle]:
@@ -117,12 +117,12 @@ def flop_handles(*, dense: bool) -> dict[str, Handle]:
     return {"sasa_det::local_attention": local, "sasa_det::stem_attention": stem}
 
 
-def _count(network: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:
+def _count(network: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, tuple[int, int]]:
     """(executed, paper) of each module, by its name."""
     training = network.training
     network.eval()
     device = next(network.parameters()).device
-    images = torch.zeros(1, 3, image_size, image_size, device=device)
+    images = torch.zeros(1, in_channels, image_size, image_size, device=device)
     executed, paper = (_analyse(network, images, dense=dense) for dense in (False, True))
     network.train(training)
     return {name: (flops, paper[name]) for name, flops in executed.items()}

@@ -25,10 +25,10 @@ _SEED = {"train": 2019, "val": 6909}
 # Of 1797 samples the last ones, by other writers, are kept for validation.
 _NUM_TRAIN_SAMPLES = 1400
 # Heights in pixels: small, medium and large by COCO's areas, 32**2 and 96**2.
-_HEIGHTS = {"small": (20, 31), "medium": (40, 72), "large": (108, 124)}
+_HEIGHTS = {"small": (22, 31), "medium": (40, 72), "large": (108, 124)}
 # How many of each size an image may have, the largest first.
-_COUNTS = {"large": (0, 1), "medium": (0, 2), "small": (1, 3)}
-_MIN_VISIBLE = 0.75
+_COUNTS = {"large": (0, 1), "medium": (1, 3), "small": (3, 6)}
+_MIN_VISIBLE = 0.85
 
 
 def register_digits() -> None:
@@ -143,7 +143,7 @@ def _draw(
             if hidden and max(hidden) > 1 - _MIN_VISIBLE:
                 continue
             masks = [m * (1 - mask) for m in masks] + [mask]
-            colour = rng.uniform(140, 255, 3)
+            colour = rng.uniform(170, 255, 3)
             canvas = canvas * (1 - mask[..., None]) + colour * mask[..., None]
             objects.append((int(labels[sample]), box))
     canvas += rng.normal(0, 6, canvas.shape)
@@ -152,13 +152,12 @@ def _draw(
 
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Soft dark patches of colour with strokes over them."""
-    patches = Image.fromarray(rng.integers(0, 100, (4, 4, 3), dtype=np.uint8))
+    patches = Image.fromarray(rng.integers(0, 90, (4, 4, 3), dtype=np.uint8))
     picture = patches.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(2, 6)):
         points = [tuple(p) for p in rng.integers(0, IMAGE_SIZE, (rng.integers(2, 4), 2)).tolist()]
-        # As light as a digit may be, or brightness alone would tell one from the other.
-        colour = tuple(rng.integers(60, 220, 3).tolist())
+        colour = tuple(rng.integers(60, 170, 3).tolist())
         draw.line(points, fill=colour, width=int(rng.integers(1, 4)))
     return np.asarray(picture, dtype=np.float64)
 
@@ -174,7 +173,7 @@ def _place(
     width = max(6, int(height * min(aspect, 1.0)))
     ink = Image.fromarray((glyph[top:bottom, left:right] * 255).astype(np.uint8))
     ink = ink.resize((width, height), Image.Resampling.BICUBIC)
-    ink = ink.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+    ink = ink.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     # A steep edge: pen strokes, not the blur of the small original.
     coverage = (np.asarray(ink) / 255.0 - 0.45).clip(0, 0.2) / 0.2
     inked = np.argwhere(coverage > 0.5)

@@ -64,12 +64,9 @@ def local_attention_weights(
     rows, cols = _to_compute(rel_rows), _to_compute(rel_cols)
     attention = ShiftedAttention(q, k, k, rows, cols, kernel_size)
     n, heads, _, height, width = q.shape
-    shape = (n, heads, kernel_size, kernel_size, height, width)
-    logits = q.new_full(shape, float("-inf"))
-    inside = logits[:, :, attention.used_rows, attention.used_cols]
-    for row in range(inside.shape[2]):
-        inside[:, :, row] = attention.logits(row)
-    return logits.flatten(2, 3).softmax(dim=2)
+    weights = q.new_zeros(n, heads, kernel_size, kernel_size, height, width)
+    weights[:, :, attention.used_rows, attention.used_cols] = attention.weights()
+    return weights.flatten(2, 3)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,104 @@
+"""The built-in dataset: real handwriting in COCO format, the same for equal seeds."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sasa_det  # noqa: F401
+
+# isort: split
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from sasa_det.data import check_datasets
+from sasa_det.data.digits import IMAGE_SIZE, generate_digits
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    generate_digits(folder, "train", num_images=150, seed=1)
+    return folder, json.loads((folder / "train.json").read_text())
+
+
+def test_equal_seeds_give_equal_pictures_and_boxes(generated, tmp_path):
+    folder, _ = generated
+    generate_digits(tmp_path, "train", num_images=3, seed=1)
+    for number in (1, 2, 3):
+        name = f"train/{number:06d}.jpg"
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    generate_digits(tmp_path, "train", num_images=1, seed=2)
+    assert (tmp_path / "train/000001.jpg").read_bytes() != (
+        folder / "train/000001.jpg"
+    ).read_bytes()
+
+
+def test_objects_of_all_three_sizes_lie_inside_their_images(generated):
+    _, content = generated
+    areas = np.array([annotation["area"] for annotation in content["annotations"]])
+    assert ((areas < 32**2).sum(), (areas >= 96**2).sum()) > (50, 5)
+    assert ((areas >= 32**2) & (areas < 96**2)).sum() > 50
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= IMAGE_SIZE
+        assert y + height <= IMAGE_SIZE
+    assert {image["id"] for image in content["images"]} == set(range(1, 151))
+
+
+def test_some_objects_overlap(generated):
+    _, content = generated
+    boxes = {}
+    for annotation in content["annotations"]:
+        boxes.setdefault(annotation["image_id"], []).append(annotation["bbox"])
+    overlapping = [
+        (a, b)
+        for of_image in boxes.values()
+        for a in of_image
+        for b in of_image
+        if a is not b and a[0] < b[0] + b[2] and b[0] < a[0] + a[2]
+        if a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+    ]
+    assert len(overlapping) > 20
+
+
+def test_boxes_hold_digits_brighter_than_the_background(generated):
+    folder, content = generated
+    file_names = {image["id"]: image["file_name"] for image in content["images"]}
+    brighter = []
+    for annotation in content["annotations"]:
+        path = folder / "train" / file_names[annotation["image_id"]]
+        picture = np.asarray(Image.open(path).convert("L"), dtype=float)
+        x, y, width, height = annotation["bbox"]
+        inside = picture[y : y + height, x : x + width]
+        brighter.append(np.percentile(inside, 90) > picture.mean())
+    assert np.mean(brighter) > 0.95
+
+
+def test_training_and_validation_share_no_handwriting():
+    from sasa_det.data.digits import _load_samples
+
+    train, val = (_load_samples(split)[0] for split in ("train", "val"))
+    assert len(train) == 1400
+    assert len(val) == 397
+    known = {sample.tobytes() for sample in train}
+    assert not any(sample.tobytes() in known for sample in val)
+
+
+def test_it_is_registered_and_needs_no_files_beforehand():
+    for split in ("train", "val"):
+        name = f"sasa_digits_{split}"
+        assert name in DatasetCatalog.list()
+        assert MetadataCatalog.get(name).evaluator_type == "coco"
+        check_datasets([name])
+
+
+def test_a_missing_dataset_is_named_with_the_remedy():
+    with pytest.raises(ValueError, match=r"registered as 'coco_2071'; register it"):
+        check_datasets(["coco_2071"])
+    MetadataCatalog.get("moved_away").set(json_file="/nowhere/a.json", image_root="/nowhere")
+    DatasetCatalog.register("moved_away", list)
+    with pytest.raises(FileNotFoundError, match=r"needs /nowhere/a.json.*DETECTRON2_DATASETS"):
+        check_datasets(["moved_away"])

@@ -1,0 +1,176 @@
+"""The detectron2 parts: registered, obeying detectron2's contracts, built by every config."""
+
+import pytest
+import torch
+
+import sasa_det
+
+# isort: split
+from conftest import CONFIGS
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone, build_model
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from sasa_det.config import load_config
+from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
+from sasa_det.modeling import AttentionBottleneckBlock, AttentionStem, make_sasa_resnet
+
+DETECTORS = sorted(path.stem for path in CONFIGS.glob("retinanet_*.yaml"))
+
+
+def small(config: str, *overrides: str):
+    """A config at a width that is quick to run; the structure stays."""
+    narrow = [
+        *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "26", "MODEL.RESNETS.NORM", "BN"),
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"),
+        *("MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "64"),
+        *("MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.RETINANET.NUM_CONVS", "2"),
+    ]
+    return load_config(str(CONFIGS / f"{config}.yaml"), [*narrow, *overrides])
+
+
+def a_sample(height=96, width=128):
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor([[10.0, 20.0, 60.0, 70.0]]))
+    instances.gt_classes = torch.tensor([3])
+    return {"image": torch.rand(3, height, width) * 255, "instances": instances}
+
+
+def test_everything_is_registered_under_its_name():
+    for name in (
+        "build_sasa_resnet_backbone",
+        "build_sasa_resnet_fpn_backbone",
+        "build_retinanet_sasa_resnet_fpn_backbone",
+    ):
+        assert name in BACKBONE_REGISTRY
+    assert "SASARetinaNet" in META_ARCH_REGISTRY
+
+
+@pytest.mark.parametrize("config", DETECTORS)
+def test_every_config_trains_all_its_parameters_and_detects(config):
+    torch.manual_seed(0)
+    model = build_model(small(config, "MODEL.SASA.NUM_HEADS", "4")).train()
+    with EventStorage():
+        losses = model([a_sample(), a_sample(128, 64)])
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # Where all logits are equal the gradient of a query is exactly zero; nothing else is.
+        assert parameter.grad.any() or parameter.grad.numel() == 1, name
+    with torch.no_grad():
+        (output,) = model.eval()([a_sample()])
+    assert output["instances"].image_size == (96, 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "stem", "stages", "head", "fpn"),
+    [
+        ("retinanet_conv", False, False, False, False),
+        ("retinanet_convstem_attn_backbone", False, True, False, False),
+        ("retinanet_full_attn_backbone", True, True, False, False),
+        ("retinanet_convstem_attn", False, True, True, False),
+        ("retinanet_full_attn", True, True, True, False),
+        ("retinanet_full_attn_fpn", True, True, True, True),
+    ],
+)
+def test_attention_is_where_the_row_says_and_nowhere_else(config, stem, stages, head, fpn):
+    model = build_model(small(config, "MODEL.SASA.NUM_HEADS", "4"))
+    resnet = model.backbone.bottom_up
+    assert isinstance(resnet.stem, AttentionStem if stem else BasicStem)
+    block = AttentionBottleneckBlock if stages else BottleneckBlock
+    blocks = [block for name in resnet.stage_names for block in getattr(resnet, name)]
+    assert all(isinstance(b, block) for b in blocks)
+
+    def count(module):
+        return sum(isinstance(m, LocalSelfAttention2d) for m in module.modules())
+
+    assert count(model.head) == (2 * (2 + 1) if head else 0)
+    assert count(model.backbone) - count(resnet) == (3 if fpn else 0)
+
+
+def test_a_full_attention_detector_has_no_spatial_convolution_left_but_p6_and_p7():
+    model = build_model(small("retinanet_full_attn_fpn", "MODEL.SASA.NUM_HEADS", "4"))
+    spatial = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1)
+    ]
+    assert spatial == ["backbone.top_block.p6", "backbone.top_block.p7"]
+
+
+def test_the_head_starts_at_the_prior_of_the_focal_loss():
+    model = build_model(small("retinanet_full_attn", "MODEL.SASA.NUM_HEADS", "4")).eval()
+    features = [torch.randn(1, 64, size, size) for size in (16, 8, 4, 2, 1)]
+    logits, deltas = model.head(features)
+    assert [x.shape[1] for x in logits] == [6 * 5] * 5
+    assert [x.shape[1] for x in deltas] == [6 * 4] * 5
+    assert logits[0].sigmoid().mean().item() == pytest.approx(0.01, rel=0.05)
+    towers = [m for m in model.head.modules() if isinstance(m, PreNormSelfAttention2d)]
+    assert len(towers) == 6
+
+
+@pytest.mark.parametrize("depth", [26, 38, 50])
+@pytest.mark.parametrize("stem", ["conv", "attention"])
+def test_backbones_obey_detectron2s_contract(depth, stem):
+    features = ("stem", "res2", "res3", "res4", "res5")
+    backbone = make_sasa_resnet(
+        depth=depth,
+        stem=stem,
+        num_heads=2,
+        stem_channels=8,
+        bottleneck_channels=8,
+        res2_channels=16,
+        out_features=features,
+    ).eval()
+    # Odd sizes too: a backbone without FPN declares no divisibility.
+    images = torch.randn(1, 3, 75, 90)
+    outputs = backbone(images)
+    for name, shape in backbone.output_shape().items():
+        height, width = outputs[name].shape[-2:]
+        assert outputs[name].shape[1] == shape.channels
+        assert (height, width) == (-(-75 // shape.stride), -(-90 // shape.stride))
+    frozen = backbone.freeze(3)
+    assert not any(p.requires_grad for p in frozen.stem.parameters())
+    assert not any(p.requires_grad for p in frozen.res3.parameters())
+    assert all(p.requires_grad for p in frozen.res4.parameters())
+
+
+def test_the_fpn_backbones_have_detectron2s_levels():
+    for name, levels in [
+        ("build_sasa_resnet_fpn_backbone", ["p2", "p3", "p4", "p5", "p6"]),
+        ("build_retinanet_sasa_resnet_fpn_backbone", ["p3", "p4", "p5", "p6", "p7"]),
+    ]:
+        cfg = get_cfg()
+        sasa_det.add_sasa_config(cfg)
+        cfg.MODEL.BACKBONE.NAME = name
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+        cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
+        if "retinanet" in name:
+            cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+        backbone = build_backbone(cfg, ShapeSpec(channels=3))
+        assert sorted(backbone.output_shape()) == levels
+        assert backbone.size_divisibility == 32
+
+
+def test_a_config_without_our_keys_says_which_call_is_missing():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_sasa_resnet_backbone"
+    with pytest.raises(ValueError, match=r"call sasa_det.add_sasa_config\(cfg\)"):
+        build_backbone(cfg, ShapeSpec(channels=3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.RESNETS.DEPTH", "34"], "must be one of 26, 38, 50, 101, 152, but is 34"),
+        (["MODEL.RESNETS.RES5_DILATION", "2"], "no dilated and no deformable stages"),
+        (["MODEL.RETINANET.NORM", "BN"], "cannot be 'BN', because all FPN levels share it"),
+    ],
+)
+def test_what_cannot_be_built_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(small("retinanet_full_attn", "MODEL.SASA.NUM_HEADS", "4", *overrides))

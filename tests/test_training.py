@@ -1,0 +1,102 @@
+"""``tools/train_net.py``: trains, resumes, evaluates; what is wrong it says in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+AP_NAMES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
+# The demo's model, on fewer and smaller pictures, for a few steps.
+QUICK = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+QUICK += ["INPUT.MIN_SIZE_TEST", "64"]
+
+
+def train_net(*arguments, datasets=None, check=True):
+    environment = dict(os.environ)
+    if datasets:
+        environment["DETECTRON2_DATASETS"] = str(datasets)
+    command = [sys.executable, "tools/train_net.py", *map(str, arguments)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if check:
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run
+
+
+def losses(folder):
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return {
+        m["iteration"]: m["total_loss"] for m in map(json.loads, lines) if "total_loss" in m
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run = train_net("--config", "configs/demo.yaml", *QUICK, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", folder)
+    return folder, run
+
+
+def test_it_trains_checkpoints_and_evaluates(trained):
+    folder, run = trained
+    assert (folder / "model_final.pth").is_file()
+    results = json.loads((folder / "evaluation.json").read_text())
+    assert AP_NAMES <= set(results["sasa_digits_val"]["bbox"])
+    assert "AP,AP50,AP75,APs,APm,APl" in run.stdout + run.stderr
+
+
+def test_resuming_continues_where_the_checkpoint_ends(trained):
+    folder, _ = trained
+    run = train_net(
+        *("--config", "configs/demo.yaml", "--resume", *QUICK),
+        *("SOLVER.MAX_ITER", 4, "OUTPUT_DIR", folder),
+    )
+    assert "Starting training from iteration 2" in run.stdout + run.stderr
+    checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
+    assert checkpoint["iteration"] == 3
+    assert set(checkpoint) >= {"model", "optimizer", "scheduler"}
+
+
+def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_path):
+    folder, _ = trained
+    moved = tmp_path / "weights.pth"
+    moved.write_bytes((folder / "model_final.pth").read_bytes())
+    run = train_net("--config", "configs/demo.yaml", "--eval-only", *QUICK, "MODEL.WEIGHTS", moved)
+    assert "copypaste: AP,AP50,AP75,APs,APm,APl" in run.stdout + run.stderr
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    # Two steps detect nothing: that is an AP of zero, not an unknown one.
+    assert all(results["sasa_digits_val"]["bbox"][name] is not None for name in AP_NAMES)
+
+
+def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = train_net(
+        *("--config", "configs/retinanet_conv.yaml", "SOLVER.MAX_ITER", 1),
+        *("SOLVER.IMS_PER_BATCH", 1, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0),
+        *("INPUT.IMAGE_SIZE", 128, "MODEL.RESNETS.DEPTH", 26, "OUTPUT_DIR", tmp_path),
+        datasets=coco_slice,
+    )
+    assert "No GPU is available: running on the CPU." in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "configs/none.yaml"], "error: The config file 'configs/none.yaml'"),
+        (["--config", "configs/demo.yaml", "MODEL.SASA.K", "5"], "no config key 'MODEL.SASA.K'"),
+        (["--config", "configs/demo.yaml", "MODEL.SASA.NUM_HEADS", "5"], "NUM_HEADS is 5"),
+        (["--config", "configs/retinanet_conv.yaml"], "instances_train2017.json, which does not"),
+        (["--config", "configs/demo.yaml", "--num-gpus", "99"], "--num-gpus is 99"),
+        ([], "--config FILE is missing"),
+    ],
+    ids=["file", "key", "heads", "dataset", "gpus", "nothing"],
+)
+def test_a_mistake_is_answered_in_one_sentence(arguments, sentence, tmp_path):
+    run = train_net(*arguments, datasets=tmp_path, check=False)
+    assert run.returncode != 0
+    assert sentence in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
