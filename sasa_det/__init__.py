@@ -16,7 +16,9 @@ _INSTALL_HINT = (
 
 try:
     import detectron2  # noqa: F401
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
     warnings.warn(_INSTALL_HINT, stacklevel=2)
 
     def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ something is missing; an installation that is whole is left untouched.
 """
 
 import importlib.util
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,8 @@ def fill_gaps() -> None:
 
 
 def _is_at_least_0_6(version: str) -> bool:
-    return tuple(int(part) for part in version.split(".")[:2]) >= (0, 6)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(map(int, numbers.groups())) >= (0, 6)
 
 
 def _restore_removed_names() -> None:

@@ -10,7 +10,7 @@ CONFIGS = ROOT / "configs"
 # A slice of real COCO in detectron2's layout; users do not have it.
 COCO_SLICE = ROOT.parent / "shared" / "data"
 
-# Generated data of the tests goes where the tests' other files go, not into the repository.
+# The built-in dataset is generated once, for the demo and for the tests.
 os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
 
 
