@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["sasa_det", "sasa_det.*"]),
     python_requires=">=3.10",
     # detectron2 itself is not on PyPI under its name: README, "Install".
-    install_requires=["torch>=2.6"],
+    install_requires=["torch>=2.8"],
     extras_require={
         "detection": ["torchvision>=0.21", "pycocotools>=2.0.6", "fvcore>=0.1.5,<0.1.6"],
         "demo": ["scikit-learn>=1.3", "matplotlib>=3.6"],

@@ -9,23 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_INSTALL_HINT = (
-    "sasa_det found no detectron2, so only sasa_det.ops and sasa_det.layers work here; "
-    "install detectron2 from GitHub or from PyPI as the README says under Install."
-)
-
 try:
-    import detectron2  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "detectron2":
-        raise
-    warnings.warn(_INSTALL_HINT, stacklevel=2)
-
-    def __getattr__(name: str) -> Any:
-        if name == "add_sasa_config":
-            raise ImportError(_INSTALL_HINT)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-else:
     from . import compat
 
     compat.fill_gaps()
@@ -33,7 +17,18 @@ else:
     from . import modeling  # noqa: F401  (registers the models)
     from .config import add_sasa_config
     from .data import register_digits
+except ModuleNotFoundError as error:
+    _hint = (
+        f"sasa_det found no {error.name}, so only sasa_det.ops and sasa_det.layers work here; "
+        "install detectron2 and what it needs as the README says under Install."
+    )
+    warnings.warn(_hint, stacklevel=2)
 
+    def __getattr__(name: str) -> Any:
+        if name == "add_sasa_config":
+            raise ImportError(_hint)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+else:
     register_digits()
 
     __all__ = ["add_sasa_config"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-_STAGES = ("res2", "res3", "res4", "res5")
-_CHOICES = {"STEM": ("conv", "attention"), "POSITION": ("relative", "none")}
+STAGES = ("res2", "res3", "res4", "res5")
+STEMS = ("conv", "attention")
+_CHOICES = {"STEM": STEMS, "POSITION": ("relative", "none")}
 _OPTIMIZERS = ("SGD", "ADAMW")
 
 
@@ -21,7 +22,7 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # "attention": the attention stem of the paper. "conv": detectron2's 7x7 convolution.
     cfg.MODEL.SASA.STEM = "attention"
     # The stages whose 3x3 convolutions become attention; empty for the convolutional baseline.
-    cfg.MODEL.SASA.ATTENTION_STAGES = _STAGES
+    cfg.MODEL.SASA.ATTENTION_STAGES = STAGES
     # Side of the attention window, odd.
     cfg.MODEL.SASA.KERNEL_SIZE = 7
     # Heads of every attention layer; each must get an even number of channels.
@@ -90,10 +91,10 @@ def check_sasa_config(cfg: CfgNode) -> None:
         )
     sasa = cfg.MODEL.SASA
     for key, allowed in _CHOICES.items():
-        _check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
-    _check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
+        check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
+    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
     for stage in sasa.ATTENTION_STAGES:
-        _check_choice("MODEL.SASA.ATTENTION_STAGES", stage, _STAGES)
+        check_choice("MODEL.SASA.ATTENTION_STAGES", stage, STAGES)
     if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
         raise ValueError(
             f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
@@ -108,14 +109,14 @@ def _check_channels(cfg: CfgNode) -> None:
     channels = {
         f"{bottleneck * 2**i} channels of {stage} (MODEL.RESNETS.WIDTH_PER_GROUP)": bottleneck
         * 2**i
-        for i, stage in enumerate(_STAGES)
+        for i, stage in enumerate(STAGES)
         if stage in sasa.ATTENTION_STAGES
     }
     if sasa.STEM == "attention":
         stem = resnets.STEM_OUT_CHANNELS
         channels[f"{stem} channels of the stem (MODEL.RESNETS.STEM_OUT_CHANNELS)"] = stem
-    uses_fpn = sasa.FPN_ATTENTION or cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
-    if uses_fpn and (sasa.FPN_ATTENTION or sasa.HEAD_ATTENTION):
+    attention_head = sasa.HEAD_ATTENTION and cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
+    if sasa.FPN_ATTENTION or attention_head:
         fpn = cfg.MODEL.FPN.OUT_CHANNELS
         channels[f"{fpn} channels of the FPN (MODEL.FPN.OUT_CHANNELS)"] = fpn
     for what, number in channels.items():
@@ -126,7 +127,8 @@ def _check_channels(cfg: CfgNode) -> None:
             )
 
 
-def _check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises ValueError, naming the key, the value and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, but is {value!r}.")
 

@@ -37,13 +37,14 @@ class Trainer(DefaultTrainer):
         """SGD as detectron2 builds it, or AdamW; position embeddings do not decay."""
         solver = cfg.SOLVER
         no_decay = {"weight_decay": 0.0}
+        position_embeddings = ("rel_rows", "rel_cols", "row_embedding", "col_embedding")
         params = get_default_optimizer_params(
             model,
             base_lr=solver.BASE_LR,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
             bias_lr_factor=solver.BIAS_LR_FACTOR,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-            overrides={"rel_rows": no_decay, "rel_cols": no_decay},
+            overrides=dict.fromkeys(position_embeddings, no_decay),
         )
         options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
         if solver.OPTIMIZER == "ADAMW":
@@ -86,9 +87,7 @@ class BoxEvaluator(COCOEvaluator):
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
     def _evaluate_nothing(self, iou_type: str) -> COCOeval:
-        logging.getLogger(__name__).warning(
-            "The model detected nothing above MODEL.RETINANET.SCORE_THRESH_TEST."
-        )
+        logging.getLogger(__name__).warning("The model detected nothing above its score threshold.")
         nothing = COCO()
         nothing.dataset = {**self._coco_api.dataset, "annotations": []}
         nothing.createIndex()

@@ -1,6 +1,7 @@
 """The built-in dataset: real handwriting in COCO format, the same for equal seeds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import sasa_det  # noqa: F401
 # isort: split
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from sasa_det.data import check_datasets
+from sasa_det.data import check_datasets, digits
 from sasa_det.data.digits import IMAGE_SIZE, generate_digits
 
 
@@ -78,21 +79,23 @@ def test_boxes_hold_digits_brighter_than_the_background(generated):
 
 
 def test_training_and_validation_share_no_handwriting():
-    from sasa_det.data.digits import _load_samples
-
-    train, val = (_load_samples(split)[0] for split in ("train", "val"))
+    train, val = (digits._load_samples(split)[0] for split in ("train", "val"))
     assert len(train) == 1400
     assert len(val) == 397
     known = {sample.tobytes() for sample in train}
     assert not any(sample.tobytes() in known for sample in val)
 
 
-def test_it_is_registered_and_needs_no_files_beforehand():
-    for split in ("train", "val"):
-        name = f"sasa_digits_{split}"
-        assert name in DatasetCatalog.list()
-        assert MetadataCatalog.get(name).evaluator_type == "coco"
-        check_datasets([name])
+def test_it_is_generated_on_first_use_and_then_only_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setitem(digits.NUM_IMAGES, "val", 5)
+    check_datasets(["sasa_digits_val"])
+    samples = DatasetCatalog.get("sasa_digits_val")
+    assert len(samples) == 5
+    assert all(Path(sample["file_name"]).is_file() for sample in samples)
+    written = (tmp_path / "sasa_digits" / "val.json").stat().st_mtime_ns
+    assert len(DatasetCatalog.get("sasa_digits_val")) == 5
+    assert (tmp_path / "sasa_digits" / "val.json").stat().st_mtime_ns == written
 
 
 def test_a_missing_dataset_is_named_with_the_remedy():

@@ -94,8 +94,9 @@ def test_gradcheck(shape, relative):
 
 @pytest.mark.parametrize("relative", [True, False], ids=["relative", "content"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck(relative, layout):
-    inputs, options = make_inputs(SHAPES[0], torch.float32, relative=relative)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=["dense", "walk"])
+def test_opcheck(shape, relative, layout):
+    inputs, options = make_inputs(shape, torch.float32, relative=relative)
     maps = [x.to(memory_format=layout).requires_grad_() for x in inputs[:3]]
     arguments = (*maps, *inputs[3:], options["num_heads"], options["kernel_size"])
     torch.library.opcheck(torch.ops.sasa_det.local_attention.default, arguments)
@@ -125,14 +126,19 @@ def test_slices_of_one_projection_need_not_be_contiguous():
     )
 
 
-def test_torch_compile_and_export_see_one_node():
-    inputs, options = make_inputs(SHAPES[0], torch.float32, requires_grad=True)
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=["dense", "walk"])
+def test_torch_compile_and_export_see_one_node(shape):
+    inputs, options = make_inputs(shape, torch.float32, requires_grad=True)
 
     def call(*inputs):
-        return local_attention(*inputs, **options)
+        return local_attention(*inputs, **options).square()
 
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), call(*inputs))
+    expected = torch.autograd.grad(call(*inputs).sum(), inputs)
+    compiled = torch.compile(call, fullgraph=True)
+    output = compiled(*inputs)
+    torch.testing.assert_close(output, call(*inputs))
+    for actual, wanted in zip(torch.autograd.grad(output.sum(), inputs), expected):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
     class Module(torch.nn.Module):
         def forward(self, *inputs):
@@ -140,13 +146,23 @@ def test_torch_compile_and_export_see_one_node():
 
     program = torch.export.export(Module(), tuple(x.detach() for x in inputs))
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert torch.ops.sasa_det.local_attention.default in targets
+    attention = [target for target in targets if "sasa_det" in str(target)]
+    assert attention == [torch.ops.sasa_det.local_attention.default]
+
+
+def test_meta_tensors_and_empty_batches_have_shapes():
+    inputs, options = make_inputs(SHAPES[1], torch.float32)
+    assert local_attention(*(x.to("meta") for x in inputs), **options).shape == SHAPES[1][:4]
+    empty = [x[:0] for x in inputs[:3]]
+    assert local_attention(*empty, *inputs[3:], **options).shape == (0, *SHAPES[1][1:4])
 
 
 def test_autocast_computes_in_the_autocast_dtype():
     inputs, options = make_inputs(SHAPES[0], torch.float32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = local_attention(*inputs, **options)
+        weights = local_attention_weights(*inputs[:2], *inputs[3:], **options)
+    assert weights.shape[2] == 9
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in inputs)

@@ -1,12 +1,14 @@
 """The detectron2 parts: registered, obeying detectron2's contracts, built by every config."""
 
+import json
+
 import pytest
 import torch
 
 import sasa_det
 
 # isort: split
-from conftest import CONFIGS
+from conftest import CONFIGS, ROOT
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone, build_model
@@ -15,6 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from sasa_det.config import load_config
+from sasa_det.engine import Trainer
 from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
 from sasa_det.modeling import AttentionBottleneckBlock, AttentionStem, make_sasa_resnet
 
@@ -59,8 +62,7 @@ def test_every_config_trains_all_its_parameters_and_detects(config):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # Where all logits are equal the gradient of a query is exactly zero; nothing else is.
-        assert parameter.grad.any() or parameter.grad.numel() == 1, name
+        assert parameter.grad.any(), name
     with torch.no_grad():
         (output,) = model.eval()([a_sample()])
     assert output["instances"].image_size == (96, 128)
@@ -156,6 +158,65 @@ def test_the_fpn_backbones_have_detectron2s_levels():
         assert backbone.size_divisibility == 32
 
 
+def test_a_faster_rcnn_takes_the_backbone_as_the_readme_says(tmp_path):
+    # What detectron2's own Base-RCNN-FPN.yaml says; the package on PyPI lacks that file.
+    features = ["p2", "p3", "p4", "p5"]
+    base = {
+        "MODEL": {
+            "BACKBONE": {"NAME": "build_resnet_fpn_backbone"},
+            "RESNETS": {"OUT_FEATURES": ["res2", "res3", "res4", "res5"]},
+            "FPN": {"IN_FEATURES": ["res2", "res3", "res4", "res5"]},
+            "ANCHOR_GENERATOR": {"SIZES": [[32], [64], [128], [256], [512]]},
+            "RPN": {"IN_FEATURES": [*features, "p6"]},
+            "ROI_HEADS": {"NAME": "StandardROIHeads", "IN_FEATURES": features},
+            "ROI_BOX_HEAD": {"NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "POOLER_RESOLUTION": 7},
+        },
+        "VERSION": 2,
+    }
+    path = tmp_path / "faster_rcnn.yaml"
+    path.write_text(json.dumps(base))  # JSON is YAML
+
+    readme = (ROOT / "README.md").read_text()
+    recipe = readme.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(recipe.replace("your_project.yaml", str(path)), names)
+    cfg = names["cfg"]
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).train()
+    with EventStorage():
+        losses = model([a_sample()])
+    sum(losses.values()).backward()
+    stem = model.backbone.bottom_up.stem
+    assert isinstance(stem, AttentionStem)
+    assert stem.attention.value_weights.grad.any()
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "FrozenBN"])
+def test_backbones_take_detectron2s_norms(norm):
+    backbone = make_sasa_resnet(depth=26, norm=norm, num_heads=2, out_features=["res5"])
+    backbone(torch.randn(1, 3, 64, 64))["res5"].sum().backward()
+    assert backbone.stem.attention.query_key_weight.grad.isfinite().all()
+
+
+def test_unknown_parts_of_a_backbone_are_named():
+    with pytest.raises(ValueError, match="stem must be one of conv, attention, but is 'pool'"):
+        make_sasa_resnet(stem="pool")
+    with pytest.raises(ValueError, match=r"attention_stages must be one of res2.*but is 'res6'"):
+        make_sasa_resnet(attention_stages=("res6",))
+
+
+def test_position_embeddings_do_not_decay():
+    model = build_model(small("retinanet_full_attn", "MODEL.SASA.NUM_HEADS", "4"))
+    optimizer = Trainer.build_optimizer(small("retinanet_full_attn"), model)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        is_embedding = name.rsplit(".", 1)[-1] in {"rel_rows", "row_embedding", "col_embedding"}
+        if is_embedding:
+            assert decay[id(parameter)] == 0, name
+        elif name.endswith("projection.weight"):
+            assert decay[id(parameter)] > 0, name
+
+
 def test_a_config_without_our_keys_says_which_call_is_missing():
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.NAME = "build_sasa_resnet_backbone"
@@ -168,7 +229,7 @@ def test_a_config_without_our_keys_says_which_call_is_missing():
     [
         (["MODEL.RESNETS.DEPTH", "34"], "must be one of 26, 38, 50, 101, 152, but is 34"),
         (["MODEL.RESNETS.RES5_DILATION", "2"], "no dilated and no deformable stages"),
-        (["MODEL.RETINANET.NORM", "BN"], "cannot be 'BN', because all FPN levels share it"),
+        (["MODEL.RETINANET.NORM", "BN"], "cannot be 'BN' in an attention head"),
     ],
 )
 def test_what_cannot_be_built_is_named(overrides, message):

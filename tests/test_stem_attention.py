@@ -118,6 +118,14 @@ def test_flops_are_counted_by_torch():
     }
 
 
+def test_empty_batches_and_autocast():
+    inputs, heads = make_inputs(SHAPES[0], torch.float32)
+    empty = stem_attention(inputs[0][:0], *inputs[1:], num_heads=heads)
+    assert empty.shape == (0, 8, 8, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert stem_attention(*inputs, num_heads=heads).dtype == torch.bfloat16
+
+
 def test_wrong_arguments_are_named():
     inputs, _ = make_inputs(SHAPES[0], torch.float32)
     with pytest.raises(ValueError, match="8 channels do not divide into num_heads=3"):

@@ -74,7 +74,7 @@ def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):
         *("INPUT.IMAGE_SIZE", 128, "MODEL.RESNETS.DEPTH", 26, "OUTPUT_DIR", tmp_path),
         datasets=coco_slice,
     )
-    assert "No GPU is available: running on the CPU." in run.stdout + run.stderr
+    assert "No GPU is used: running on the CPU." in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,16 @@ def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):
         (["--config", "configs/none.yaml"], "error: The config file 'configs/none.yaml'"),
         (["--config", "configs/demo.yaml", "MODEL.SASA.K", "5"], "no config key 'MODEL.SASA.K'"),
         (["--config", "configs/demo.yaml", "MODEL.SASA.NUM_HEADS", "5"], "NUM_HEADS is 5"),
-        (["--config", "configs/retinanet_conv.yaml"], "instances_train2017.json, which does not"),
+        (
+            ["--config", "configs/retinanet_conv.yaml"],
+            "instances_train2017.json, which does not exist; set DETECTRON2",
+        ),
         (["--config", "configs/demo.yaml", "--num-gpus", "99"], "--num-gpus is 99"),
+        (["--config", "configs/demo.yaml", "--eval-only"], "--eval-only needs weights"),
+        (["--config", "configs/demo.yaml", "MODEL.WEIGHTS", "a.pth"], "checkpoint 'a.pth'"),
         ([], "--config FILE is missing"),
     ],
-    ids=["file", "key", "heads", "dataset", "gpus", "nothing"],
+    ids=["file", "key", "heads", "dataset", "gpus", "eval", "weights", "nothing"],
 )
 def test_a_mistake_is_answered_in_one_sentence(arguments, sentence, tmp_path):
     run = train_net(*arguments, datasets=tmp_path, check=False)

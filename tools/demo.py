@@ -7,6 +7,7 @@ Minutes on two CPU cores, nothing to download: the pictures are generated. Leave
 the COCO figures on unseen pictures as JSON, and a PNG with detections and an attention map.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,11 +46,11 @@ def main() -> None:
     seed_all_rng(cfg.SEED)
     trainer = Trainer(cfg)
     trainer.train()
-    draw(cfg, trainer.model.eval(), output / "detections.png")
     (results,) = json.loads((output / RESULTS_FILE).read_text()).values()
     figures = "  ".join(f"{name} {results['bbox'][name]:.1f}" for name in AP_NAMES)
     number = len(DatasetCatalog.get(cfg.DATASETS.TEST[0]))
     print(f"\nOn {number} unseen pictures: {figures}")
+    draw(cfg, trainer.model.eval(), output / "detections.png")
     print(f"Detections and an attention map: {output / 'detections.png'}")
     print(f"Figures: {output / RESULTS_FILE}; checkpoint: {output / 'model_final.pth'}")
 
@@ -60,7 +61,9 @@ def draw(cfg: CfgNode, model: nn.Module, path: Path) -> None:
     figure, axes = plt.subplots(2, NUM_PICTURES, figsize=(2.4 * NUM_PICTURES, 5.2))
     for axis in axes.flat:
         axis.axis("off")
-    shown = [next(samples) for _ in range(NUM_PICTURES)]
+    shown = list(itertools.islice(samples, NUM_PICTURES))
+    if not shown:
+        raise RuntimeError(f"The model is nowhere surer than {MIN_SCORE:.0%}: nothing to draw.")
     for axis, (sample, instances) in zip(axes[0], shown):
         draw_detections(axis, sample, instances)
     sample, instances = max(shown, key=lambda pair: float(pair[1].scores[0]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and evaluates a detector of this package, or any of detectron2's.
+"""Trains and evaluates a box detector, of this package or of detectron2.
 
     python tools/train_net.py --config configs/retinanet_full_attn.yaml --num-gpus 8
     python tools/train_net.py --config configs/retinanet_full_attn.yaml --resume
@@ -29,7 +29,10 @@ from sasa_det.engine import Trainer
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = setup(args)
+    cfg = args.cfg
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -42,25 +45,33 @@ def main(args: argparse.Namespace) -> None:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The checked config of the command line; logging and seeds are set up."""
+    """The checked config of the command line: what can be known to be wrong is said here.
+
+    Raises:
+        FileNotFoundError, ValueError: with one sentence for the user.
+    """
     cfg = load_config(args.config_file, args.opts)
     check_datasets([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     cfg.defrost()
-    weights = Path(cfg.MODEL.WEIGHTS)
-    if args.eval_only and weights.is_file() and "OUTPUT_DIR" not in args.opts:
-        cfg.OUTPUT_DIR = str(weights.parent)  # results belong beside what they are results of
-    no_gpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if no_gpu:
+    weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not weights and not args.resume:
+        raise ValueError(
+            "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
+            "checkpoint of OUTPUT_DIR."
+        )
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
+    if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
+        cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
-    default_setup(cfg, args)
-    if no_gpu:
-        logging.getLogger("detectron2").warning("No GPU is available: running on the CPU.")
     return cfg
 
 
 def parse_args() -> argparse.Namespace:
     parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--config", dest="config_file", help="the same as --config-file")
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config FILE is missing, for instance configs/retinanet_full_attn.yaml")
@@ -74,14 +85,15 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_args()
     try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
+        # Before processes are started: one sentence instead of a stack of frames from each.
+        arguments.cfg = setup(arguments)
     except (FileNotFoundError, ValueError) as error:
-        # What the user can mend: one sentence instead of a stack of frames.
         sys.exit(f"error: {error}")
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )

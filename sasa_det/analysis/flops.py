@@ -119,12 +119,15 @@ def flop_handles(*, dense: bool) -> dict[str, Handle]:
 
 def _count(network: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, tuple[int, int]]:
     """(executed, paper) of each module, by its name."""
-    training = network.training
-    network.eval()
     device = next(network.parameters()).device
     images = torch.zeros(1, in_channels, image_size, image_size, device=device)
-    executed, paper = (_analyse(network, images, dense=dense) for dense in (False, True))
-    network.train(training)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        executed, paper = (_analyse(network, images, dense=dense) for dense in (False, True))
+    finally:
+        for module, training in modes.items():
+            module.training = training
     return {name: (flops, paper[name]) for name, flops in executed.items()}
 
 

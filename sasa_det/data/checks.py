@@ -28,7 +28,7 @@ def check_datasets(names: Iterable[str]) -> None:
             if path and not Path(path).exists():
                 root = os.environ.get("DETECTRON2_DATASETS", "datasets")
                 raise FileNotFoundError(
-                    f"The dataset {name!r} needs {path}, which does not exist; place COCO 2017 as "
-                    f"coco/annotations, coco/train2017 and coco/val2017 below {root!r}, or set "
-                    "DETECTRON2_DATASETS to the folder that has them."
+                    f"The dataset {name!r} needs {path}, which does not exist; set "
+                    f"DETECTRON2_DATASETS (now {root!r}) to the folder that holds your datasets, "
+                    "for COCO 2017 with coco/annotations, coco/train2017 and coco/val2017 in it."
                 )

@@ -7,7 +7,6 @@ writing of the training images and that of the validation images are different s
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 128
@@ -22,7 +22,7 @@ NUM_IMAGES = {"train": 3000, "val": 200}
 # Changes whenever the pictures do, so that an older copy on disk is made anew.
 _VERSION = 1
 _SEED = {"train": 2019, "val": 6909}
-# Of 1797 samples the last ones, by other writers, are kept for validation.
+# Of 1797 samples of handwriting, the others are kept for validation.
 _NUM_TRAIN_SAMPLES = 1400
 # Heights in pixels: small, medium and large by COCO's areas, 32**2 and 96**2.
 _HEIGHTS = {"small": (22, 31), "medium": (40, 72), "large": (108, 124)}
@@ -90,9 +90,13 @@ def generate_digits(folder: Path, split: str, num_images: int, seed: int) -> Non
 
 def _load(split: str, name: str) -> list[dict]:
     folder = digits_root()
-    if not _is_current(folder / f"{split}.json"):
-        _generate_in_place(folder, split)
-    return load_coco_json(str(folder / f"{split}.json"), str(folder / split), name)
+    json_file = folder / f"{split}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The processes of a training on several GPUs all come here at once.
+    with file_lock(str(json_file)):
+        if not _is_current(json_file):
+            _generate_in_place(folder, split)
+    return load_coco_json(str(json_file), str(folder / split), name)
 
 
 def _is_current(json_file: Path) -> bool:
@@ -100,17 +104,13 @@ def _is_current(json_file: Path) -> bool:
 
 
 def _generate_in_place(folder: Path, split: str) -> None:
-    """Generates beside the final place, then moves: several processes may do so at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Generates beside the final place, then moves: an interrupted run leaves nothing half done."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         generate_digits(Path(temporary), split, NUM_IMAGES[split], _SEED[split])
-        shutil.rmtree(folder / split, ignore_errors=True)
-        try:
-            os.rename(Path(temporary) / split, folder / split)
-        except OSError:
-            if not (folder / split).is_dir():  # else another process was faster: same pictures
-                raise
-        os.replace(Path(temporary) / f"{split}.json", folder / f"{split}.json")
+        if (folder / split).exists():
+            (folder / split).rename(Path(temporary) / "old")
+        (Path(temporary) / split).rename(folder / split)
+        (Path(temporary) / f"{split}.json").replace(folder / f"{split}.json")
 
 
 def _load_samples(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,17 +133,18 @@ def _draw(
     """A picture and its objects: (digit, (x, y, width, height))."""
     canvas = _background(rng)
     objects = []
-    masks: list[np.ndarray] = []
+    masks: list[np.ndarray] = []  # what is visible of each object
+    sizes: list[float] = []
     for size, (least, most) in _COUNTS.items():
         for _ in range(rng.integers(least, most + 1)):
             sample = rng.integers(len(glyphs))
             mask, box = _place(rng, glyphs[sample], size)
             # Every object so far must stay visible enough under the new one.
-            hidden = [(m * mask).sum() / m.sum() for m in masks]
-            if hidden and max(hidden) > 1 - _MIN_VISIBLE:
+            visible = [m * (1 - mask) for m in masks]
+            if any(m.sum() < _MIN_VISIBLE * whole for m, whole in zip(visible, sizes)):
                 continue
-            masks = [m * (1 - mask) for m in masks] + [mask]
-            colour = rng.uniform(170, 255, 3)
+            masks, sizes = [*visible, mask], [*sizes, mask.sum()]
+            colour = rng.uniform(200, 255, 3)
             canvas = canvas * (1 - mask[..., None]) + colour * mask[..., None]
             objects.append((int(labels[sample]), box))
     canvas += rng.normal(0, 6, canvas.shape)
@@ -152,12 +153,12 @@ def _draw(
 
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Soft dark patches of colour with strokes over them."""
-    patches = Image.fromarray(rng.integers(0, 90, (4, 4, 3), dtype=np.uint8))
+    patches = Image.fromarray(rng.integers(0, 80, (4, 4, 3), dtype=np.uint8))
     picture = patches.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(2, 6)):
         points = [tuple(p) for p in rng.integers(0, IMAGE_SIZE, (rng.integers(2, 4), 2)).tolist()]
-        colour = tuple(rng.integers(60, 170, 3).tolist())
+        colour = tuple(rng.integers(60, 130, 3).tolist())
         draw.line(points, fill=colour, width=int(rng.integers(1, 4)))
     return np.asarray(picture, dtype=np.float64)
 
@@ -173,7 +174,7 @@ def _place(
     width = max(6, int(height * min(aspect, 1.0)))
     ink = Image.fromarray((glyph[top:bottom, left:right] * 255).astype(np.uint8))
     ink = ink.resize((width, height), Image.Resampling.BICUBIC)
-    ink = ink.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    ink = ink.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, expand=True)
     # A steep edge: pen strokes, not the blur of the small original.
     coverage = (np.asarray(ink) / 255.0 - 0.45).clip(0, 0.2) / 0.2
     inked = np.argwhere(coverage > 0.5)

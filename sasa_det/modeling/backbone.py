@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from torch import nn
 
-from sasa_det.config import check_sasa_config
+from sasa_det.config import STAGES, STEMS, check_choice, check_sasa_config
 
 from .blocks import AttentionBottleneckBlock, AttentionStem
 from .fpn import AttentionFPN
@@ -63,6 +63,9 @@ def make_sasa_resnet(
     if depth not in _BLOCKS_PER_STAGE:
         known = ", ".join(map(str, _BLOCKS_PER_STAGE))
         raise ValueError(f"The depth (MODEL.RESNETS.DEPTH) must be one of {known}, but is {depth}.")
+    check_choice("stem", stem, STEMS)
+    for stage in attention_stages:
+        check_choice("attention_stages", stage, STAGES)
     attention: dict[str, Any] = {"num_heads": num_heads, "position": position}
     stem_module: CNNBlockBase
     if stem == "conv":

@@ -3,7 +3,7 @@
 import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
-from torch import Tensor
+from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
 
@@ -32,10 +32,11 @@ class AttentionStem(CNNBlockBase):
         self.attention = StemSelfAttention2d(
             in_channels, out_channels, num_heads=num_heads, position=position
         )
-        self.norm = get_norm(norm, out_channels)
+        self.norm = get_norm(norm, out_channels) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.norm(self.attention(x)))
+        # Not in place: without a norm this is what the attention keeps for its backward.
+        x = F.relu(self.norm(self.attention(x)))
         # ceil_mode: a block clipped by the border still is one position of the output.
         return F.max_pool2d(x, kernel_size=4, stride=4, ceil_mode=True)
 
@@ -76,7 +77,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         self.attention = LocalSelfAttention2d(
             bottleneck_channels, bottleneck_channels, kernel_size, num_heads, position=position
         )
-        self.attention_norm = get_norm(norm, bottleneck_channels)
+        self.attention_norm = get_norm(norm, bottleneck_channels) or nn.Identity()
         self.conv3 = _conv_1x1(bottleneck_channels, out_channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +86,8 @@ class AttentionBottleneckBlock(CNNBlockBase):
         if self.stride > 1:
             # ceil_mode: the size that the shortcut's strided convolution has.
             out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
-        out = F.relu_(self.attention_norm(out))
+        # Not in place: without a norm this is what the attention keeps for its backward.
+        out = F.relu(self.attention_norm(out))
         out = self.conv3(out)
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)

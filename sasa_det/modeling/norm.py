@@ -10,11 +10,11 @@ def attention_norm(norm: str, channels: int) -> nn.Module:
     Attention without a norm in front of it does not learn here (see ``PreNormSelfAttention2d``).
 
     Raises:
-        ValueError: for a batch norm, whose statistics the levels of an FPN would have to share.
+        ValueError: for channels that group norm's 32 groups do not divide.
     """
-    if norm.endswith("BN"):
+    norm = norm or "GN"
+    if norm == "GN" and channels % 32:
         raise ValueError(
-            f"The norm of an attention FPN or head cannot be {norm!r}, because all FPN levels "
-            'share it; set MODEL.RETINANET.NORM and MODEL.FPN.NORM to "GN" or to "".'
+            f"Group norm needs a multiple of 32 channels, but MODEL.FPN.OUT_CHANNELS is {channels}."
         )
-    return get_norm(norm or "GN", channels)
+    return get_norm(norm, channels)

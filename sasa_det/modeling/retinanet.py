@@ -74,6 +74,12 @@ class AttentionRetinaNetHead(RetinaNetHead):
                 "the residual connections keep the number of channels."
             )
 
+        if norm.endswith("BN"):
+            raise ValueError(
+                f"MODEL.RETINANET.NORM cannot be {norm!r} in an attention head, because all FPN "
+                'levels share its layers; set it to "GN".'
+            )
+
         def attention() -> PreNormSelfAttention2d:
             layer = LocalSelfAttention2d(
                 channels, channels, kernel_size, num_heads, position=position

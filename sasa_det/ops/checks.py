@@ -23,7 +23,7 @@ def check_kernel_size(kernel_size: int) -> None:
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"kernel_size must be odd, so that the window has a centre, but is {kernel_size}; "
-            f"choose {max(1, kernel_size - 1)} or {max(1, kernel_size + 1)}."
+            f"choose {max(1, kernel_size - 1)} or {max(3, kernel_size + 1)}."
         )
 
 

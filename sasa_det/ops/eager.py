@@ -84,8 +84,8 @@ def _attention(
     kernel_size: int,
 ) -> DenseAttention | ShiftedAttention:
     height, width = query.shape[-2:]
-    kind = DenseAttention if height * width <= _DENSE_POSITIONS else ShiftedAttention
-    return kind(
+    implementation = DenseAttention if height * width <= _DENSE_POSITIONS else ShiftedAttention
+    return implementation(
         _by_head(query, num_heads),
         _by_head(key, num_heads),
         _by_head(value, num_heads),

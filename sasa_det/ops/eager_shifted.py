@@ -74,7 +74,8 @@ class ShiftedAttention:
                 value = self._shift(self.padded_value, row, col)
                 output.addcmul_(weights[:, :, col, None], value)
         output /= total.unsqueeze(2)
-        return self._as_map(output), self._as_map(maximum + total.log())
+        # Contiguous, as the fake implementation promises to torch.compile.
+        return self._as_map(output), self._as_map(maximum + total.log()).contiguous()
 
     def backward(self, grad: Tensor, output: Tensor, logsumexp: Tensor) -> list[Tensor]:
         """Gradients of query, key, value, and of the embeddings if there are any."""

@@ -54,7 +54,8 @@ def stem_attention_backward(
 
 
 def _chunks(pixels: Tensor) -> list[slice]:
-    return [slice(t, t + _CHUNK) for t in range(0, pixels.shape[1], _CHUNK)]
+    # At least one, so that a batch of no images has a result too.
+    return [slice(t, t + _CHUNK) for t in range(0, max(pixels.shape[1], 1), _CHUNK)]
 
 
 def _at(outside: Tensor | None, chunk: slice) -> Tensor | None:
@@ -226,6 +227,7 @@ def _from_blocks(blocks: Tensor, image: Tensor, block_size: int) -> Tensor:
     """The inverse of :func:`_to_blocks`, cropped to the image and in its dtype."""
     n, _, height, width = image.shape
     rows, cols = -(-height // block_size), -(-width // block_size)
-    x = blocks.view(block_size, block_size, n, rows, cols, -1).permute(2, 5, 3, 0, 4, 1)
-    x = x.reshape(n, -1, rows * block_size, cols * block_size)
+    channels = blocks.shape[-1]
+    x = blocks.view(block_size, block_size, n, rows, cols, channels).permute(2, 5, 3, 0, 4, 1)
+    x = x.reshape(n, channels, rows * block_size, cols * block_size)
     return x[:, :, :height, :width].to(image.dtype).contiguous()

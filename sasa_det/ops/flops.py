@@ -1,9 +1,9 @@
 """How many FLOPs the operators are: a multiply and an add are two, exponentials are not counted.
 
-Two ways to count. *Executed*: what any implementation here does; q . r factorises into a row and a
-column part, k * C multiply-adds a position. *Dense* (``dense=True``): as Eq. 3 of the paper is
-written, k * k * C for q . r, and in the stem M value projections followed by their mixture.
-The paper's tables count dense.
+Two ways to count. *Executed*: what the operator needs; q . r factorises into a row and a column
+part, k * C multiply-adds a position (the eager path spends more on small maps, where it computes
+all pairs). *Dense* (``dense=True``): as Eq. 3 of the paper is written, k * k * C for q . r, and in
+the stem M value projections followed by their mixture. The paper's tables count dense.
 """
 
 from collections.abc import Sequence

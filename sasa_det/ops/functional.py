@@ -86,6 +86,7 @@ def local_attention_weights(
         Tensor[N, num_heads, kernel_size ** 2, H, W]: float32 (float64 for float64 queries); the
         window row by row from its top left; zero where it leaves the map. Not differentiable.
     """
+    query, key, rel_rows, rel_cols = _cast_for_autocast(query, key, rel_rows, rel_cols)
     _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
     with torch.no_grad():
         return eager.local_attention_weights(query, key, rel_rows, rel_cols, num_heads, kernel_size)
@@ -155,7 +156,8 @@ def stem_attention(
 def _cast_for_autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
     device_type = first.device.type
-    if not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return first, *others
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
