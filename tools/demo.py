@@ -115,7 +115,8 @@ def draw_attention(axes: np.ndarray, model: nn.Module, sample: dict, detection: 
         heat = heat[radius : radius + height, radius : radius + width]
         axis.imshow(image)
         extent = (0, width * stride, height * stride, 0)
-        axis.imshow(heat, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
+        strength = 0.85 * heat / heat.max()  # the picture shows through where little is looked at
+        axis.imshow(heat, extent=extent, cmap="autumn", alpha=strength, interpolation="nearest")
         axis.set_title(f"head {head + 1}, {heat.max():.0%} at most", fontsize=9)
 
 
