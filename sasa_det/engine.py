@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sasa_det.compat import has_compiled_operators
 from sasa_det.data import build_train_mapper
+from sasa_det.layers import LocalSelfAttention2d
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "evaluation.json"
@@ -53,6 +55,19 @@ class Trainer(DefaultTrainer):
             params, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """With the optimiser's state, which detectron2 0.5 forgets; later ones save it like this."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def build_hooks(self) -> list[HookBase]:
+        # Before the writers, which detectron2 puts last.
+        hooks = super().build_hooks()
+        return [*hooks[:-1], AttentionEntropy(), *hooks[-1:]]
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         return BoxEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
@@ -66,6 +81,45 @@ class Trainer(DefaultTrainer):
             by_dataset = {names[0]: results} if len(names) == 1 else results
             write_results(by_dataset, Path(cfg.OUTPUT_DIR) / RESULTS_FILE)
         return results
+
+
+class AttentionEntropy(HookBase):
+    """Logs how spread the attention is: the entropy of its weights, of the first image, in nats.
+
+    Eq. 3 has no scale; where its logits grow, softmax freezes on one position and the entropy goes
+    to zero. Logged as ``attention_entropy/mean`` and ``/least`` over the layers; one that serves
+    several FPN levels is looked at on the finest.
+    """
+
+    def __init__(self, period: int = 20) -> None:
+        self.period = period
+        self._entropies: dict[nn.Module, float] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def before_step(self) -> None:
+        if (self.trainer.iter + 1) % self.period == 0:
+            for module in self.trainer.model.modules():
+                if isinstance(module, LocalSelfAttention2d):
+                    self._handles.append(module.register_forward_pre_hook(self._look))
+
+    def after_step(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._entropies:
+            values = list(self._entropies.values())
+            self.trainer.storage.put_scalars(
+                **{
+                    "attention_entropy/mean": sum(values) / len(values),
+                    "attention_entropy/least": min(values),
+                }
+            )
+        self._handles, self._entropies = [], {}
+
+    @torch.no_grad()
+    def _look(self, module: LocalSelfAttention2d, inputs: tuple[torch.Tensor]) -> None:
+        if module not in self._entropies:
+            weights = module.attention_weights(inputs[0][:1])
+            self._entropies[module] = float(torch.special.entr(weights).sum(dim=2).mean())
 
 
 class BoxEvaluator(COCOEvaluator):

@@ -1,6 +1,7 @@
 """``tools/train_net.py``: trains, resumes, evaluates; what is wrong it says in one sentence."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def test_it_trains_checkpoints_and_evaluates(trained):
     assert "AP,AP50,AP75,APs,APm,APl" in run.stdout + run.stderr
 
 
+def test_the_spread_of_the_attention_is_logged(tmp_path):
+    run_for_20 = [*QUICK, "SOLVER.MAX_ITER", 20, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
+    train_net("--config", "configs/demo.yaml", *run_for_20)
+    (metrics,) = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    # At the start attention is nearly uniform over the window of 25, less at borders.
+    least, mean = metrics["attention_entropy/least"], metrics["attention_entropy/mean"]
+    assert 0 < least <= mean < math.log(25)
+
+
 def test_resuming_continues_where_the_checkpoint_ends(trained):
     folder, _ = trained
     run = train_net(
@@ -51,7 +61,9 @@ def test_resuming_continues_where_the_checkpoint_ends(trained):
     assert "Starting training from iteration 2" in run.stdout + run.stderr
     checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
     assert checkpoint["iteration"] == 3
-    assert set(checkpoint) >= {"model", "optimizer", "scheduler"}
+    # The optimiser went on with its moments: it has seen all four steps.
+    optimizer = checkpoint["trainer"]["_trainer"]["optimizer"]
+    assert {float(moments["step"]) for moments in optimizer["state"].values()} == {4.0}
 
 
 def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_path):
