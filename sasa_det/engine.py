@@ -56,7 +56,7 @@ class Trainer(DefaultTrainer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """With the optimiser's state, which detectron2 0.5 forgets; later ones save it like this."""
+        """With the optimiser's state, which detectron2 0.5 forgets and later ones save so."""
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
