@@ -46,6 +46,16 @@ def test_equals_the_reference_and_so_do_its_gradients(shape, relative):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_an_image_that_needs_no_gradient_gets_none():
+    inputs, heads = make_inputs(SHAPES[0])
+    wanted = torch.autograd.grad(stem_attention(*inputs, num_heads=heads).sum(), inputs)
+    image = inputs[0].detach()
+    output = stem_attention(image, *inputs[1:], num_heads=heads)
+    for actual, expected in zip(torch.autograd.grad(output.sum(), inputs[1:]), wanted[1:]):
+        torch.testing.assert_close(actual, expected)
+    torch.library.opcheck(torch.ops.sasa_det.stem_attention.default, (image, *inputs[1:], heads))
+
+
 def test_chunks_of_blocks_add_up_to_the_whole():
     inputs, heads = make_inputs(SHAPES[4])
     image, *others = inputs

@@ -38,19 +38,26 @@ def stem_attention_backward(
     rel_rows: Tensor | None,
     rel_cols: Tensor | None,
     num_heads: int,
+    image_gradient: bool,
 ) -> list[Tensor]:
-    """Gradients of the tensors that are not None; each chunk of blocks is computed anew."""
+    """Gradients of the tensors that are not None; each chunk of blocks is computed anew.
+
+    That of the image comes first, and only if asked for: a detector's image needs none.
+    """
     stem = _Stem(query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads)
     pixels = _to_blocks(image.to(stem.dtype), stem.block_size)
     grads = _to_blocks(grad_output.to(stem.dtype), stem.block_size)
     outside = _outside(image, stem.block_size)
-    grad_pixels = [
-        stem.backward(grads[:, t], pixels[:, t], _at(outside, t)) for t in _chunks(pixels)
-    ]
-    return [
-        _from_blocks(torch.cat(grad_pixels, dim=1), image, stem.block_size),
-        *(grad.to(image.dtype) for grad in stem.parameter_gradients()),
-    ]
+    grad_pixels = []
+    for chunk in _chunks(pixels):
+        outside_chunk = _at(outside, chunk)
+        stem_grads = stem.backward(grads[:, chunk], pixels[:, chunk], outside_chunk)
+        if image_gradient:
+            grad_pixels.append(stem.pixel_gradient(*stem_grads))
+    parameter_grads = [grad.to(image.dtype) for grad in stem.parameter_gradients()]
+    if not image_gradient:
+        return parameter_grads
+    return [_from_blocks(torch.cat(grad_pixels, dim=1), image, stem.block_size), *parameter_grads]
 
 
 def _chunks(pixels: Tensor) -> list[slice]:
@@ -134,8 +141,14 @@ class _Stem:
         *_, value, weights = self._attend(pixels, outside)
         return self._merge(torch.bmm(weights, value))
 
-    def backward(self, grad: Tensor, pixels: Tensor, outside: Tensor | None) -> Tensor:
-        """Gathers the gradients of the parameters and returns that of the pixels."""
+    def backward(
+        self, grad: Tensor, pixels: Tensor, outside: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gathers the gradients of the parameters.
+
+        Returns what :meth:`pixel_gradient` takes: the gradients of queries, keys, values and
+        position logits.
+        """
         query, key, value, weights = self._attend(pixels, outside)
         grad = self._split(grad)
         grad_value = self._merge(torch.bmm(weights.transpose(1, 2), grad))
@@ -148,13 +161,25 @@ class _Stem:
         self.grad_query_weight += torch.bmm(pixels_t, grad_query).sum(dim=0).t()
         self.grad_key_weight += torch.bmm(pixels_t, grad_key).sum(dim=0).t()
         self.grad_value_weight_at += torch.bmm(pixels_t, grad_value)
-        grad_pixels = grad_query @ self.query_weight + grad_key @ self.key_weight
-        grad_pixels += torch.bmm(grad_value, self.value_weight_at.transpose(1, 2))
+        grad_relative = None
         if self.relative is not None:
             grad_relative = self._merge(grad_logits)
             self.grad_relative_weight_at += torch.bmm(pixels_t, grad_relative)
-            grad_pixels += torch.bmm(grad_relative, self.relative_weight_at.transpose(1, 2))
-        return grad_pixels
+        return grad_query, grad_key, grad_value, grad_relative
+
+    def pixel_gradient(
+        self,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        grad_relative: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the pixels, (P, T, C_in)."""
+        grad = grad_query @ self.query_weight + grad_key @ self.key_weight
+        grad += torch.bmm(grad_value, self.value_weight_at.transpose(1, 2))
+        if grad_relative is not None:
+            grad += torch.bmm(grad_relative, self.relative_weight_at.transpose(1, 2))
+        return grad
 
     def parameter_gradients(self) -> list[Tensor]:
         """In the order of the operator's arguments."""

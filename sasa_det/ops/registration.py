@@ -44,8 +44,9 @@ def _(image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_col
 
 
 @stem_attention_backward_op.register_fake
-def _(grad_output, image, q_weight, k_weight, v_weights, mixture, rel_rows, rel_cols, num_heads):
-    grads = _gradients_like(image, q_weight, k_weight, v_weights, mixture, rel_rows, rel_cols)
+def _(grad, image, q_weight, k_weight, v_weights, mixture, rows, cols, heads, image_gradient):
+    inputs = (image if image_gradient else None, q_weight, k_weight, v_weights, mixture)
+    grads = _gradients_like(*inputs, rows, cols)
     return [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
 
 
@@ -72,8 +73,12 @@ def _stem_attention_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _stem_attention_backward(ctx: Any, grad_output: Tensor) -> tuple:
-    grads = stem_attention_backward_op(grad_output, *ctx.saved_tensors, ctx.num_heads)
-    return *_align(grads, ctx.saved_tensors), None
+    image, *parameters = ctx.saved_tensors
+    image_gradient = ctx.needs_input_grad[0]
+    grads = stem_attention_backward_op(
+        grad_output, image, *parameters, ctx.num_heads, image_gradient
+    )
+    return *_align(grads, (image if image_gradient else None, *parameters)), None
 
 
 def _align(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
