@@ -107,23 +107,20 @@ def _check_channels(cfg: CfgNode) -> None:
     sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
     bottleneck = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
     channels = {
-        f"{bottleneck * 2**i} channels of {stage} (MODEL.RESNETS.WIDTH_PER_GROUP)": bottleneck
-        * 2**i
+        f"{stage} (MODEL.RESNETS.WIDTH_PER_GROUP)": bottleneck * 2**i
         for i, stage in enumerate(STAGES)
         if stage in sasa.ATTENTION_STAGES
     }
     if sasa.STEM == "attention":
-        stem = resnets.STEM_OUT_CHANNELS
-        channels[f"{stem} channels of the stem (MODEL.RESNETS.STEM_OUT_CHANNELS)"] = stem
+        channels["the stem (MODEL.RESNETS.STEM_OUT_CHANNELS)"] = resnets.STEM_OUT_CHANNELS
     attention_head = sasa.HEAD_ATTENTION and cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
     if sasa.FPN_ATTENTION or attention_head:
-        fpn = cfg.MODEL.FPN.OUT_CHANNELS
-        channels[f"{fpn} channels of the FPN (MODEL.FPN.OUT_CHANNELS)"] = fpn
-    for what, number in channels.items():
+        channels["the FPN (MODEL.FPN.OUT_CHANNELS)"] = cfg.MODEL.FPN.OUT_CHANNELS
+    for part, number in channels.items():
         if sasa.NUM_HEADS < 1 or number % (2 * sasa.NUM_HEADS):
             raise ValueError(
-                f"MODEL.SASA.NUM_HEADS is {sasa.NUM_HEADS}, which does not divide the {what} into "
-                "heads of an even size; choose a NUM_HEADS that does."
+                f"MODEL.SASA.NUM_HEADS is {sasa.NUM_HEADS}, which does not divide the {number} "
+                f"channels of {part} into heads of an even size; choose a NUM_HEADS that does."
             )
 
 

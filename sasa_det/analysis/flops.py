@@ -66,7 +66,7 @@ def count_detector(model: Any, image_size: int) -> DetectorCost:
         )
     network = _DetectorNetwork(model)
     flops = _count(network, image_size)
-    params = Counter(dict.fromkeys(flops, 0))
+    params: Counter[str] = Counter()
     for name, parameter in network.named_parameters():
         prefixes = name.split(".")
         for depth in range(len(prefixes)):

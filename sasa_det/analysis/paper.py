@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from sasa_det.config import STAGES
+
 
 class Table1Row(NamedTuple):
     """ImageNet classification at 224x224; GFLOPs count a multiply and an add as two."""
@@ -31,18 +33,16 @@ class Table2Row(NamedTuple):
     ap_large: float
 
 
-_ALL = ("res2", "res3", "res4", "res5")
-
 TABLE_1 = (
     Table1Row("baseline", 26, "conv", (), 4.7, 13.7, 74.5),
     Table1Row("baseline", 38, "conv", (), 6.5, 19.6, 76.2),
     Table1Row("baseline", 50, "conv", (), 8.2, 25.6, 76.9),
-    Table1Row("conv stem + attention", 26, "conv", _ALL, 4.5, 10.3, 75.8),
-    Table1Row("conv stem + attention", 38, "conv", _ALL, 5.7, 14.1, 77.1),
-    Table1Row("conv stem + attention", 50, "conv", _ALL, 7.0, 18.0, 77.4),
-    Table1Row("full attention", 26, "attention", _ALL, 4.7, 10.3, 74.8),
-    Table1Row("full attention", 38, "attention", _ALL, 6.0, 14.1, 76.9),
-    Table1Row("full attention", 50, "attention", _ALL, 7.2, 18.0, 77.6),
+    Table1Row("conv stem + attention", 26, "conv", STAGES, 4.5, 10.3, 75.8),
+    Table1Row("conv stem + attention", 38, "conv", STAGES, 5.7, 14.1, 77.1),
+    Table1Row("conv stem + attention", 50, "conv", STAGES, 7.0, 18.0, 77.4),
+    Table1Row("full attention", 26, "attention", STAGES, 4.7, 10.3, 74.8),
+    Table1Row("full attention", 38, "attention", STAGES, 6.0, 14.1, 76.9),
+    Table1Row("full attention", 50, "attention", STAGES, 7.2, 18.0, 77.6),
 )
 
 # What the paper does not print, and its figures imply: 640x640 images, 90 category ids, 6 anchors a

@@ -1,8 +1,8 @@
 """The built-in dataset: handwritten digits in clutter, generated on first use.
 
 Real handwriting (scikit-learn's copy of the UCI digits, 8x8 pixels) is pasted at three sizes, in
-any colour, rotated, overlapping, on noisy backgrounds with strokes as distractors. COCO format; the
-writing of the training images and that of the validation images are different samples.
+pale colours, rotated, overlapping, on dark noisy ground with strokes as distractors. COCO format;
+the writing of the training images and that of the validation images are different samples.
 """
 
 import json
