@@ -1,5 +1,18 @@
 """The attention operators. Imports torch and nothing else."""
 
-from .functional import local_attention, local_attention_weights, stem_attention
+from .backends import available_backends, use_backend
+from .functional import (
+    local_attention,
+    local_attention_weights,
+    stem_attention,
+    stem_attention_pooled,
+)
 
-__all__ = ["local_attention", "local_attention_weights", "stem_attention"]
+__all__ = [
+    "available_backends",
+    "local_attention",
+    "local_attention_weights",
+    "stem_attention",
+    "stem_attention_pooled",
+    "use_backend",
+]

@@ -4,9 +4,12 @@ Beside the inputs only the output and the log-sum-exp of the logits are kept for
 which computes the attention weights anew.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .calls import AttentionCall, compute_dtype
 from .eager_dense import DenseAttention
 from .eager_shifted import ShiftedAttention
 
@@ -15,83 +18,44 @@ from .eager_shifted import ShiftedAttention
 _DENSE_POSITIONS = 144
 
 
-def local_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    kernel_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The output, and (N, heads, H, W) log-sum-exp of the logits in the dtype of computation."""
-    attention = _attention(query, key, value, rel_rows, rel_cols, num_heads, kernel_size)
-    output, logsumexp = attention.forward()
-    return _like(output, query), logsumexp
+def refuses(call: AttentionCall) -> None:
+    """It serves every call."""
 
 
-def local_attention_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    output: Tensor,
-    logsumexp: Tensor,
-    num_heads: int,
-    kernel_size: int,
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    output, logsumexp = _attention(call).forward()
+    return _like(output, call.query), logsumexp
+
+
+def backward(
+    call: AttentionCall, grad_output: Tensor, output: Tensor, logsumexp: Tensor
 ) -> list[Tensor]:
-    """Gradients of query, key, value and, unless they are None, of the two embeddings."""
-    attention = _attention(query, key, value, rel_rows, rel_cols, num_heads, kernel_size)
-    grads = attention.backward(
-        _by_head(grad_output, num_heads), _by_head(output, num_heads), logsumexp
+    grads = _attention(call).backward(
+        _by_head(grad_output, call.num_heads), _by_head(output, call.num_heads), logsumexp
     )
-    maps = [_like(grad, x) for grad, x in zip(grads[:3], (query, key, value))]
-    return maps + [grad.to(query.dtype) for grad in grads[3:]]
+    maps = [_like(grad, x) for grad, x in zip(grads[:3], call[:3])]
+    return maps + [grad.to(call.query.dtype) for grad in grads[3:]]
 
 
-def local_attention_weights(
-    query: Tensor,
-    key: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    kernel_size: int,
-) -> Tensor:
+def weights(call: AttentionCall) -> Tensor:
     """(N, heads, k * k, H, W); zero for the offsets that leave the map."""
-    q, k = _by_head(query, num_heads), _by_head(key, num_heads)
-    rows, cols = _to_compute(rel_rows), _to_compute(rel_cols)
-    attention = ShiftedAttention(q, k, k, rows, cols, kernel_size)
-    n, heads, _, height, width = q.shape
-    weights = q.new_zeros(n, heads, kernel_size, kernel_size, height, width)
-    weights[:, :, attention.used_rows, attention.used_cols] = attention.weights()
-    return weights.flatten(2, 3)
+    attention = _attention(call, ShiftedAttention)
+    n, heads, height, width = call.query.shape[0], call.num_heads, *call.query.shape[2:]
+    size = call.kernel_size
+    result = attention.query.new_zeros(n, heads, size, size, height, width)
+    result[:, :, attention.used_rows, attention.used_cols] = attention.weights()
+    return result.flatten(2, 3)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    kernel_size: int,
-) -> DenseAttention | ShiftedAttention:
-    height, width = query.shape[-2:]
-    implementation = DenseAttention if height * width <= _DENSE_POSITIONS else ShiftedAttention
+def _attention(call: AttentionCall, implementation: type | None = None) -> Any:
+    height, width = call.query.shape[-2:]
+    if implementation is None:
+        small = height * width <= _DENSE_POSITIONS
+        implementation = DenseAttention if small else ShiftedAttention
     return implementation(
-        _by_head(query, num_heads),
-        _by_head(key, num_heads),
-        _by_head(value, num_heads),
-        _to_compute(rel_rows),
-        _to_compute(rel_cols),
-        kernel_size,
+        *(_by_head(x, call.num_heads) for x in call[:3]),
+        *(x if x is None else x.to(compute_dtype(x.dtype)) for x in call[3:5]),
+        call.kernel_size,
     )
 
 
@@ -100,10 +64,6 @@ def _by_head(x: Tensor, num_heads: int) -> Tensor:
     n, channels, height, width = x.shape
     x = x.to(compute_dtype(x.dtype)).contiguous()
     return x.view(n, num_heads, channels // num_heads, height, width)
-
-
-def _to_compute(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(compute_dtype(x.dtype))
 
 
 def _like(x: Tensor, like: Tensor) -> Tensor:

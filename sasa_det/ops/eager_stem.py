@@ -1,108 +1,96 @@
 """The stem's attention in plain PyTorch."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import compute_dtype
+from .calls import StemCall, compute_dtype
 
 # Blocks worked on at once. Bounds the scratch memory whatever the size of the images, and keeps its
 # allocations small enough to be reused: at 4096 blocks, fresh pages took most of the time.
-_CHUNK = 1024
+CHUNK = 1024
 
 
-def stem_attention_forward(
-    image: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weights: Tensor,
-    mixture: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-) -> Tensor:
-    stem = _Stem(query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads)
-    pixels = _to_blocks(image.to(stem.dtype), stem.block_size)
-    outside = _outside(image, stem.block_size)
-    output = [stem.forward(pixels[:, t], _at(outside, t)) for t in _chunks(pixels)]
-    return _from_blocks(torch.cat(output, dim=1), image, stem.block_size)
+def refuses(call: StemCall) -> None:
+    """It serves every call."""
 
 
-def stem_attention_backward(
-    grad_output: Tensor,
-    image: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value_weights: Tensor,
-    mixture: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    image_gradient: bool,
-) -> list[Tensor]:
+def forward(call: StemCall) -> Tensor:
+    blocks = Blocks(call)
+    output = [blocks.stem.forward(*chunk) for chunk in blocks.chunks()]
+    return from_blocks(torch.cat(output, dim=1), call)
+
+
+def backward(call: StemCall, grad_output: Tensor, image_gradient: bool) -> list[Tensor]:
     """Gradients of the tensors that are not None; each chunk of blocks is computed anew.
 
     That of the image comes first, and only if asked for: a detector's image needs none.
     """
-    stem = _Stem(query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads)
-    pixels = _to_blocks(image.to(stem.dtype), stem.block_size)
-    grads = _to_blocks(grad_output.to(stem.dtype), stem.block_size)
-    outside = _outside(image, stem.block_size)
+    blocks = Blocks(call)
+    grads = _to_blocks(grad_output.to(blocks.stem.dtype), blocks.stem.block_size)
     grad_pixels = []
-    for chunk in _chunks(pixels):
-        outside_chunk = _at(outside, chunk)
-        stem_grads = stem.backward(grads[:, chunk], pixels[:, chunk], outside_chunk)
+    for chunk, grad in zip(blocks.chunks(), grads.split(CHUNK, dim=1)):
+        stem_grads = blocks.stem.backward(grad, *chunk)
         if image_gradient:
-            grad_pixels.append(stem.pixel_gradient(*stem_grads))
-    parameter_grads = [grad.to(image.dtype) for grad in stem.parameter_gradients()]
+            grad_pixels.append(blocks.stem.pixel_gradient(*stem_grads))
+    grads_of_parameters = blocks.stem.parameter_gradients()
     if not image_gradient:
-        return parameter_grads
-    return [_from_blocks(torch.cat(grad_pixels, dim=1), image, stem.block_size), *parameter_grads]
+        return grads_of_parameters
+    return [from_blocks(torch.cat(grad_pixels, dim=1), call), *grads_of_parameters]
 
 
-def _chunks(pixels: Tensor) -> list[slice]:
-    # At least one, so that a batch of no images has a result too.
-    return [slice(t, t + _CHUNK) for t in range(0, max(pixels.shape[1], 1), _CHUNK)]
+class Blocks:
+    """The blocks of a call's images, and the stem's attention in them.
 
+    T counts blocks, P = B * B the positions of a block. Positions that the last blocks have outside
+    the image are zeros.
+    """
 
-def _at(outside: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if outside is None else outside[:, chunk]
+    def __init__(self, call: StemCall) -> None:
+        image = call.image
+        self.stem = _Stem(call)
+        size = self.stem.block_size
+        self.pixels = _to_blocks(image.to(self.stem.dtype), size)
+        self.outside: Tensor | None = None
+        if image.shape[2] % size or image.shape[3] % size:
+            self.outside = _to_blocks(torch.ones_like(image[:, :1]), size).squeeze(-1) == 0
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Pixels (P, T, C_in), and which of them are outside (P, T), of some blocks at a time."""
+        pixels = self.pixels.split(CHUNK, dim=1)
+        if self.outside is None:
+            return zip(pixels, [None] * len(pixels))
+        return zip(pixels, self.outside.split(CHUNK, dim=1))
 
 
 class _Stem:
-    """One call: its parameters in the dtype of the computation, and the gradients gathered so far.
+    """The parameters of a call in the dtype of the computation, and their gradients so far.
 
-    T counts blocks, P = B * B the positions of a block, d is head_dim. Positions lead in memory,
+    d is head_dim; T and P as in :class:`Blocks`. Positions lead in memory,
     (P, T * heads, d), because then every projection is one batched matrix product and every
     operand of the attention a strided view: with blocks this small, copies would cost the most.
     """
 
-    def __init__(
-        self,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        value_weights: Tensor,
-        mixture: Tensor,
-        rel_rows: Tensor | None,
-        rel_cols: Tensor | None,
-        num_heads: int,
-    ) -> None:
-        self.dtype = compute_dtype(query_weight.dtype)
-        self.num_heads = num_heads
-        self.block_size = mixture.shape[-1]
-        self.query_weight = query_weight.to(self.dtype)
-        self.key_weight = key_weight.to(self.dtype)
-        self.value_weights = value_weights.to(self.dtype)
-        self.mixture = mixture.to(self.dtype).flatten(1)
+    def __init__(self, call: StemCall) -> None:
+        self.dtype = compute_dtype(call.image.dtype)
+        self.parameter_dtype = call.image.dtype
+        self.num_heads = call.num_heads
+        self.block_size = call.mixture.shape[-1]
+        self.query_weight = call.query_weight.to(self.dtype)
+        self.key_weight = call.key_weight.to(self.dtype)
+        self.value_weights = call.value_weights.to(self.dtype)
+        self.mixture = call.mixture.to(self.dtype).flatten(1)
         # The mixture is linear in the weights, so the M projections become one for each position.
         self.value_weight_at = torch.einsum("mp,moi->pio", self.mixture, self.value_weights)
         self.grad_query_weight = torch.zeros_like(self.query_weight)
         self.grad_key_weight = torch.zeros_like(self.key_weight)
         self.grad_value_weight_at = torch.zeros_like(self.value_weight_at)
         self.relative: Tensor | None = None
-        if rel_rows is not None and rel_cols is not None:
+        if call.rel_rows is not None and call.rel_cols is not None:
             self.relative = _block_embeddings(
-                rel_rows.to(self.dtype), rel_cols.to(self.dtype), self.block_size
+                call.rel_rows.to(self.dtype), call.rel_cols.to(self.dtype), self.block_size
             )
             # q . r is linear in the few channels of the pixel: (P queries, C_in, heads * P keys).
             self.relative_weight_at = torch.einsum(
@@ -195,13 +183,15 @@ class _Stem:
             grad_query_weight = grad_query_weight + by_head.flatten(0, 1)
         grad_at = self.grad_value_weight_at
         grad_mixture = torch.einsum("pio,moi->mp", grad_at, self.value_weights)
-        return [
+        grads = [
             grad_query_weight,
             self.grad_key_weight,
             torch.einsum("pio,mp->moi", grad_at, self.mixture),
             grad_mixture.unflatten(1, (self.block_size, self.block_size)),
             *grad_embeddings,
         ]
+        # Contiguous, as the fake implementation promises.
+        return [grad.to(self.parameter_dtype).contiguous() for grad in grads]
 
 
 def _block_embeddings(rel_rows: Tensor, rel_cols: Tensor, block_size: int) -> Tensor:
@@ -240,19 +230,12 @@ def _to_blocks(image: Tensor, block_size: int) -> Tensor:
     return x.permute(3, 5, 0, 2, 4, 1).flatten(2, 4).flatten(0, 1)
 
 
-def _outside(image: Tensor, block_size: int) -> Tensor | None:
-    """(P, T): which positions of the blocks lie outside the image; None where none does."""
-    n, _, height, width = image.shape
-    if height % block_size == 0 and width % block_size == 0:
-        return None
-    return _to_blocks(image.new_ones(n, 1, height, width), block_size).squeeze(-1) == 0
-
-
-def _from_blocks(blocks: Tensor, image: Tensor, block_size: int) -> Tensor:
-    """The inverse of :func:`_to_blocks`, cropped to the image and in its dtype."""
-    n, _, height, width = image.shape
+def from_blocks(blocks: Tensor, call: StemCall) -> Tensor:
+    """(P, T, C) to (N, C, H, W), cropped to the image and in its dtype."""
+    n, _, height, width = call.image.shape
+    block_size = call.mixture.shape[-1]
     rows, cols = -(-height // block_size), -(-width // block_size)
     channels = blocks.shape[-1]
     x = blocks.view(block_size, block_size, n, rows, cols, channels).permute(2, 5, 3, 0, 4, 1)
     x = x.reshape(n, channels, rows * block_size, cols * block_size)
-    return x[:, :, :height, :width].to(image.dtype).contiguous()
+    return x[:, :, :height, :width].to(call.image.dtype).contiguous()

@@ -53,16 +53,3 @@ def stem_attention_flops(
         per_position += window * out_channels
     mixture_of_weights = 0 if dense else window * num_mixtures * out_channels * in_channels
     return 2 * (n * height * width * per_position + mixture_of_weights)
-
-
-def stem_attention_backward_flops(
-    image_shape: Sequence[int],
-    query_weight_shape: Sequence[int],
-    mixture_shape: Sequence[int],
-    *,
-    relative: bool,
-) -> int:
-    """The forward anew, and two products for each of its own."""
-    return 3 * stem_attention_flops(
-        image_shape, query_weight_shape, mixture_shape, relative=relative
-    )

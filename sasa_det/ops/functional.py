@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import eager, registration
+from .calls import AttentionCall, StemCall
 from .checks import check_embeddings, check_heads, check_kernel_size, check_map, check_tensor
 
 
@@ -89,7 +90,9 @@ def local_attention_weights(
     query, key, rel_rows, rel_cols = _cast_for_autocast(query, key, rel_rows, rel_cols)
     _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
     with torch.no_grad():
-        return eager.local_attention_weights(query, key, rel_rows, rel_cols, num_heads, kernel_size)
+        return eager.weights(
+            AttentionCall(query, key, key, rel_rows, rel_cols, num_heads, kernel_size)
+        )
 
 
 def stem_attention(
@@ -130,30 +133,71 @@ def stem_attention(
     Raises:
         ValueError: if the shapes, dtypes or devices do not fit together.
     """
-    image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols = (
-        _cast_for_autocast(
-            image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols
+    tensors = (image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols)
+    return registration.stem_attention_op(*_stem_call(tensors, num_heads))
+
+
+def stem_attention_pooled(
+    image: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weights: Tensor,
+    mixture: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What batch norm, ReLU and max pooling need of :func:`stem_attention`, without its output.
+
+    At full resolution the output is the largest tensor of a whole detector. Batch norm needs its
+    mean and its variance; a scale by a positive factor, a shift and ReLU are monotonic, so they can
+    as well be applied to the maximum.
+
+    Args:
+        image: needs no gradient, and gets none.
+        query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads: as in
+            :func:`stem_attention`.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: of the output, its maximum in each block (N, C, ceil(H / B),
+        ceil(W / B)), in the dtype of ``image``; its sum (C,) and the sum of its squares (C,) over
+        all positions, float32 (float64 for float64 images).
+
+    Raises:
+        ValueError: if the shapes, dtypes or devices do not fit together, or if the image needs a
+            gradient.
+    """
+    if image.requires_grad:
+        raise ValueError(
+            "stem_attention_pooled computes no gradient of the image, but the image needs one; "
+            "use stem_attention, or detach the image."
         )
-    )
-    check_map("image", image)
-    head_dim = check_heads(query_weight.shape[0], num_heads)
-    out_channels = query_weight.shape[0]
-    num_mixtures, block_size = mixture.shape[0], mixture.shape[-1]
+    tensors = (image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols)
+    return registration.stem_attention_pooled_op(*_stem_call(tensors, num_heads))
+
+
+def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
+    """The arguments cast for autocast, and checked."""
+    call = StemCall(*(*_cast_for_autocast(*tensors), num_heads))
+    check_map("image", call.image)
+    in_channels, out_channels = call.image.shape[1], call.query_weight.shape[0]
+    head_dim = check_heads(out_channels, num_heads)
+    num_mixtures, block_size = call.mixture.shape[0], call.mixture.shape[-1]
     expected = {
-        "query_weight": (query_weight, (out_channels, image.shape[1])),
-        "key_weight": (key_weight, (out_channels, image.shape[1])),
-        "value_weights": (value_weights, (num_mixtures, out_channels, image.shape[1])),
-        "mixture": (mixture, (num_mixtures, block_size, block_size)),
+        "query_weight": (out_channels, in_channels),
+        "key_weight": (out_channels, in_channels),
+        "value_weights": (num_mixtures, out_channels, in_channels),
+        "mixture": (num_mixtures, block_size, block_size),
     }
-    for name, (tensor, shape) in expected.items():
-        check_tensor(name, tensor, shape, like=image)
-    check_embeddings(rel_rows, rel_cols, (num_heads, 2 * block_size - 1, head_dim // 2), like=image)
-    return registration.stem_attention_op(
-        image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads
-    )
+    for name, shape in expected.items():
+        check_tensor(name, getattr(call, name), shape, like=call.image)
+    embeddings = (num_heads, 2 * block_size - 1, head_dim // 2)
+    check_embeddings(call.rel_rows, call.rel_cols, embeddings, like=call.image)
+    return call
 
 
-def _cast_for_autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def _cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
     device_type = first.device.type
     available = torch.amp.is_autocast_available(device_type)

@@ -1,73 +1,158 @@
 """The torch operators: schema, fake implementation, autograd and FLOP formula of each.
 
 Autograd, ``torch.compile``, ``torch.export`` and FLOP counters see one node a call,
-``sasa_det::local_attention`` or ``sasa_det::stem_attention``, whatever computes it.
+``sasa_det::local_attention``, ``::stem_attention`` or ``::stem_attention_pooled``, whatever backend
+computes it.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import eager, eager_stem, flops
+from . import flops
+from .backends import choose
+from .calls import AttentionCall, StemCall, compute_dtype
 
-local_attention_op = torch.library.custom_op(
-    "sasa_det::local_attention", eager.local_attention_forward, mutates_args=()
+# The arguments of the calls, as AttentionCall and StemCall have them.
+_ATTENTION = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
+    "int num_heads, int kernel_size"
 )
-local_attention_backward_op = torch.library.custom_op(
-    "sasa_det::local_attention_backward", eager.local_attention_backward, mutates_args=()
+_STEM = (
+    "Tensor image, Tensor query_weight, Tensor key_weight, Tensor value_weights, Tensor mixture, "
+    "Tensor? rel_rows, Tensor? rel_cols, int num_heads"
 )
-stem_attention_op = torch.library.custom_op(
-    "sasa_det::stem_attention", eager_stem.stem_attention_forward, mutates_args=()
+
+
+@custom_op(
+    "sasa_det::local_attention", mutates_args=(), schema=f"({_ATTENTION}) -> (Tensor, Tensor)"
 )
-stem_attention_backward_op = torch.library.custom_op(
-    "sasa_det::stem_attention_backward", eager_stem.stem_attention_backward, mutates_args=()
+def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The output, and (N, heads, H, W) log-sum-exp of the logits in the compute dtype."""
+    call = AttentionCall(*arguments)
+    return choose("local_attention", call).forward(call)
+
+
+@custom_op(
+    "sasa_det::local_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor output, Tensor logsumexp, {_ATTENTION}) -> Tensor[]",
 )
+def local_attention_backward_op(
+    grad_output: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any
+) -> list[Tensor]:
+    """Gradients of query, key, value and, unless they are None, of the two embeddings."""
+    call = AttentionCall(*arguments)
+    return choose("local_attention", call).backward(call, grad_output, output, logsumexp)
+
+
+@custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
+def stem_attention_op(*arguments: Any) -> Tensor:
+    call = StemCall(*arguments)
+    return choose("stem_attention", call).forward(call)
+
+
+@custom_op(
+    "sasa_det::stem_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, bool image_gradient, {_STEM}) -> Tensor[]",
+)
+def stem_attention_backward_op(
+    grad_output: Tensor, image_gradient: bool, *arguments: Any
+) -> list[Tensor]:
+    """Gradients of the tensors that are not None, the image's first and only if asked for."""
+    call = StemCall(*arguments)
+    return choose("stem_attention", call).backward(call, grad_output, image_gradient)
+
+
+@custom_op(
+    "sasa_det::stem_attention_pooled",
+    mutates_args=(),
+    schema=f"({_STEM}) -> (Tensor, Tensor, Tensor)",
+)
+def stem_attention_pooled_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = StemCall(*arguments)
+    return choose("stem_attention_pooled", call).forward(call)
+
+
+@custom_op(
+    "sasa_det::stem_attention_pooled_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_maximum, Tensor grad_sum, Tensor grad_square_sum, {_STEM}) -> Tensor[]",
+)
+def stem_attention_pooled_backward_op(
+    grad_maximum: Tensor, grad_sum: Tensor, grad_square_sum: Tensor, *arguments: Any
+) -> list[Tensor]:
+    """Gradients of the tensors that are not None, without the image's."""
+    call = StemCall(*arguments)
+    implementation = choose("stem_attention_pooled", call)
+    return implementation.backward(call, grad_maximum, grad_sum, grad_square_sum)
 
 
 @local_attention_op.register_fake
-def _(query, key, value, rel_rows, rel_cols, num_heads, kernel_size):
-    n, _, height, width = query.shape
-    logsumexp = query.new_empty(n, num_heads, height, width, dtype=eager.compute_dtype(query.dtype))
-    return torch.empty_like(query), logsumexp
+def _(*arguments):
+    call = AttentionCall(*arguments)
+    n, _, height, width = call.query.shape
+    dtype = compute_dtype(call.query.dtype)
+    logsumexp = call.query.new_empty(n, call.num_heads, height, width, dtype=dtype)
+    return torch.empty_like(call.query), logsumexp
 
 
 @local_attention_backward_op.register_fake
-def _(grad_output, query, key, value, rel_rows, rel_cols, output, logsumexp, heads, kernel_size):
-    return _gradients_like(query, key, value, rel_rows, rel_cols)
+def _(grad_output, output, logsumexp, *arguments):
+    return [torch.empty_like(x) for x in arguments[:5] if x is not None]
 
 
 @stem_attention_op.register_fake
-def _(image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols, num_heads):
-    return image.new_empty(image.shape[0], query_weight.shape[0], *image.shape[2:])
+def _(*arguments):
+    call = StemCall(*arguments)
+    n, _, height, width = call.image.shape
+    return call.image.new_empty(n, call.query_weight.shape[0], height, width)
 
 
 @stem_attention_backward_op.register_fake
-def _(grad, image, q_weight, k_weight, v_weights, mixture, rows, cols, heads, image_gradient):
-    inputs = (image if image_gradient else None, q_weight, k_weight, v_weights, mixture)
-    grads = _gradients_like(*inputs, rows, cols)
-    return [torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in grads]
+def _(grad_output, image_gradient, *arguments):
+    return _contiguous_gradients(arguments[0 if image_gradient else 1 : 7])
 
 
-def _gradients_like(*inputs: Tensor | None) -> list[Tensor]:
-    return [torch.empty_like(x) for x in inputs if x is not None]
+@stem_attention_pooled_op.register_fake
+def _(*arguments):
+    call = StemCall(*arguments)
+    n, _, height, width = call.image.shape
+    channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
+    rows, cols = -(-height // block_size), -(-width // block_size)
+    maximum = call.image.new_empty(n, channels, rows, cols)
+    total = call.image.new_empty(channels, dtype=compute_dtype(call.image.dtype))
+    return maximum, total, torch.empty_like(total)
+
+
+@stem_attention_pooled_backward_op.register_fake
+def _(grad_maximum, grad_sum, grad_square_sum, *arguments):
+    return _contiguous_gradients(arguments[1:7])
+
+
+def _contiguous_gradients(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in tensors if x is not None]
 
 
 def _local_attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.num_heads, ctx.kernel_size = inputs
-    result, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(*tensors, result, logsumexp)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
 
 
 def _local_attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    grads = local_attention_backward_op(grad_output, *saved, ctx.num_heads, ctx.kernel_size)
-    return *_align(grads, saved[:5]), None, None
+    output, logsumexp, *tensors = ctx.saved_tensors
+    grads = local_attention_backward_op(
+        grad_output, output, logsumexp, *tensors, ctx.num_heads, ctx.kernel_size
+    )
+    return *_align(grads, tensors), None, None
 
 
-def _stem_attention_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _stem_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     *tensors, ctx.num_heads = inputs
     ctx.save_for_backward(*tensors)
 
@@ -76,12 +161,18 @@ def _stem_attention_backward(ctx: Any, grad_output: Tensor) -> tuple:
     image, *parameters = ctx.saved_tensors
     image_gradient = ctx.needs_input_grad[0]
     grads = stem_attention_backward_op(
-        grad_output, image, *parameters, ctx.num_heads, image_gradient
+        grad_output, image_gradient, image, *parameters, ctx.num_heads
     )
-    return *_align(grads, (image if image_gradient else None, *parameters)), None
+    return *_align(grads, [image if image_gradient else None, *parameters]), None
 
 
-def _align(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _stem_attention_pooled_backward(ctx: Any, *grads_of_outputs: Tensor) -> tuple:
+    image, *parameters = ctx.saved_tensors
+    grads = stem_attention_pooled_backward_op(*grads_of_outputs, image, *parameters, ctx.num_heads)
+    return None, *_align(grads, parameters), None
+
+
+def _align(grads: list[Tensor], inputs: list[Tensor | None]) -> list[Tensor | None]:
     """Puts None where an input is None."""
     remaining = iter(grads)
     return [None if x is None else next(remaining) for x in inputs]
@@ -90,27 +181,39 @@ def _align(grads: list[Tensor], inputs: tuple[Tensor | None, ...]) -> list[Tenso
 local_attention_op.register_autograd(
     _local_attention_backward, setup_context=_local_attention_setup
 )
-stem_attention_op.register_autograd(_stem_attention_backward, setup_context=_stem_attention_setup)
+stem_attention_op.register_autograd(_stem_attention_backward, setup_context=_stem_setup)
+stem_attention_pooled_op.register_autograd(
+    _stem_attention_pooled_backward, setup_context=_stem_setup
+)
 
 
 # torch's FlopCounterMode passes the shapes of tensors where the operator has tensors.
 @register_flop_formula(torch.ops.sasa_det.local_attention)
-def _(query, key, value, rel_rows, rel_cols, num_heads, kernel_size, *, out_shape=None) -> int:
-    return flops.local_attention_flops(query, kernel_size, relative=rel_rows is not None)
+def _(*arguments, out_shape=None) -> int:
+    query, *_, kernel_size = arguments
+    return flops.local_attention_flops(query, kernel_size, relative=arguments[3] is not None)
 
 
 @register_flop_formula(torch.ops.sasa_det.local_attention_backward)
-def _(grad, query, key, value, rel_rows, *args, out_shape=None) -> int:
-    return flops.local_attention_backward_flops(query, args[-1], relative=rel_rows is not None)
+def _(grad_output, output, logsumexp, *arguments, out_shape=None) -> int:
+    query, *_, kernel_size = arguments
+    relative = arguments[3] is not None
+    return flops.local_attention_backward_flops(query, kernel_size, relative=relative)
 
 
-@register_flop_formula(torch.ops.sasa_det.stem_attention)
-def _(image, query_weight, key, values, mixture, rel_rows, rel_cols, heads, *, out_shape=None):
+def _stem_flops(*arguments, out_shape=None) -> int:
+    image, query_weight, _, _, mixture, rel_rows, *_ = arguments
     return flops.stem_attention_flops(image, query_weight, mixture, relative=rel_rows is not None)
 
 
-@register_flop_formula(torch.ops.sasa_det.stem_attention_backward)
-def _(grad, image, query_weight, key, values, mixture, rel_rows, *args, out_shape=None) -> int:
-    return flops.stem_attention_backward_flops(
-        image, query_weight, mixture, relative=rel_rows is not None
-    )
+def _stem_backward_flops(*arguments, out_shape=None) -> int:
+    """The forward anew, and two products for each of its own."""
+    return 3 * _stem_flops(*arguments[-len(StemCall._fields) :])
+
+
+for _forward, _backward in (
+    (torch.ops.sasa_det.stem_attention, torch.ops.sasa_det.stem_attention_backward),
+    (torch.ops.sasa_det.stem_attention_pooled, torch.ops.sasa_det.stem_attention_pooled_backward),
+):
+    register_flop_formula(_forward)(_stem_flops)
+    register_flop_formula(_backward)(_stem_backward_flops)

@@ -1,0 +1,93 @@
+"""Which implementation serves a call of an operator.
+
+Automatically, it is the first in ``_IMPLEMENTATIONS`` that does not refuse. :func:`use_backend` or
+the environment variable ``SASA_DET_BACKEND`` name one that must serve every call.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from . import eager, eager_pooled_stem, eager_stem
+from .calls import AttentionCall, StemCall
+
+
+class Implementation(Protocol):
+    """What a backend has for an operator: a module with these functions."""
+
+    def refuses(self, call: Any, /) -> str | None:
+        """Why this call, an AttentionCall or StemCall, is not served; None if it is."""
+
+    def forward(self, call: Any, /) -> Any:
+        """What the operator returns."""
+
+    def backward(self, call: Any, /, *saved_and_grads: Any) -> list:
+        """What the operator's backward returns."""
+
+
+# Fastest first; eager serves every call.
+_IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
+    "local_attention": {"eager": eager},
+    "stem_attention": {"eager": eager_stem},
+    "stem_attention_pooled": {"eager": eager_pooled_stem},
+}
+_UNAVAILABLE = {"eager": lambda: None}
+
+# One for the process, not one a thread: autograd runs the backward of CUDA in a thread of its own.
+_forced: str | None = None
+
+
+def available_backends() -> dict[str, str | None]:
+    """The backends by name; with each, None if this machine has it, else why it has not.
+
+    Example::
+
+        >>> available_backends()
+        {'triton': 'there is no CUDA device', 'native': None, 'eager': None}
+    """
+    return {name: reason() for name, reason in _UNAVAILABLE.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it every call, the backward's too, is served by this backend or raises.
+
+    Args:
+        name (str): one of :func:`available_backends`.
+
+    Raises:
+        ValueError: at once, for a name that does not exist.
+        RuntimeError: from the operators, where the backend does not serve a call; it says why.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(operator: str, call: AttentionCall | StemCall) -> Implementation:
+    """The implementation that serves this call of this operator."""
+    implementations = _IMPLEMENTATIONS[operator]
+    if _forced is None:
+        return next(x for x in implementations.values() if x.refuses(call) is None)
+    implementation = implementations.get(_forced)
+    reason = "it does not implement it" if implementation is None else implementation.refuses(call)
+    if implementation is None or reason is not None:
+        raise RuntimeError(
+            f"The backend {_forced!r} was asked for but does not serve this call of {operator}: "
+            f"{reason}."
+        )
+    return implementation
+
+
+def _checked(name: str) -> str:
+    if name not in _UNAVAILABLE:
+        raise ValueError(f"There is no backend {name!r}; choose one of {sorted(_UNAVAILABLE)}.")
+    return name
+
+
+if os.environ.get("SASA_DET_BACKEND"):
+    _forced = _checked(os.environ["SASA_DET_BACKEND"])

@@ -1,0 +1,36 @@
+"""What a backend is handed: the arguments of one call of an operator, already checked."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.local_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rel_rows: Tensor | None
+    rel_cols: Tensor | None
+    num_heads: int
+    kernel_size: int
+
+
+class StemCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.stem_attention`."""
+
+    image: Tensor
+    query_weight: Tensor
+    key_weight: Tensor
+    value_weights: Tensor
+    mixture: Tensor
+    rel_rows: Tensor | None
+    rel_cols: Tensor | None
+    num_heads: int
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is computed in float32."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
