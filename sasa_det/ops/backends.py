@@ -5,12 +5,13 @@ the environment variable ``SASA_DET_BACKEND`` name one that must serve every cal
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from . import eager, eager_pooled_stem, eager_stem
+from . import eager, eager_pooled_stem, eager_stem, native
 from .calls import AttentionCall, StemCall
+from .native import attention as native_attention
 
 
 class Implementation(Protocol):
@@ -28,11 +29,14 @@ class Implementation(Protocol):
 
 # Fastest first; eager serves every call.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    "local_attention": {"eager": eager},
+    "local_attention": {"native": native_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {"eager": eager_pooled_stem},
 }
-_UNAVAILABLE = {"eager": lambda: None}
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "native": native.unavailable,
+    "eager": lambda: None,
+}
 
 # One for the process, not one a thread: autograd runs the backward of CUDA in a thread of its own.
 _forced: str | None = None
