@@ -20,8 +20,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["sasa_det", "sasa_det.*"]),
-    # Not a Python module: plain C that ctypes loads. Optional, because without a compiler the package
-    # works too, on its eager path.
+    # Not a Python module: plain C that ctypes loads. Optional, because without a compiler the
+    # package works too, on its eager path.
     ext_modules=[
         Extension(
             "sasa_det.ops.native._kernels",

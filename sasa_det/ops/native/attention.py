@@ -39,7 +39,7 @@ def backward(
         arguments.grad_embeddings = parts.data_ptr()
     library.run("sasa_det_attention_backward", arguments)
     if call.rel_rows is not None:
-        grads += parts.sum(dim=0).unbind()
+        grads += [parts[:, axis].sum(dim=0) for axis in (0, 1)]
     return [grad.to(call.query.dtype) for grad in grads]
 
 
