@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from . import eager, eager_pooled_stem, eager_stem, native
 from .calls import AttentionCall, StemCall
 from .native import attention as native_attention
+from .native import stem as native_stem
 
 
 class Implementation(Protocol):
@@ -31,7 +32,7 @@ class Implementation(Protocol):
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"native": native_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
-    "stem_attention_pooled": {"eager": eager_pooled_stem},
+    "stem_attention_pooled": {"native": native_stem, "eager": eager_pooled_stem},
 }
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "native": native.unavailable,

@@ -8,11 +8,7 @@ from . import library
 
 
 def refuses(call: AttentionCall) -> str | None:
-    if call.query.device.type != "cpu":
-        return f"it computes on the CPU, but the tensors are on {call.query.device}"
-    if call.query.dtype not in library.DTYPES:
-        return f"it computes in float32 and bfloat16, but the tensors are {call.query.dtype}"
-    return library.unavailable()
+    return library.refuses(call.query)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:

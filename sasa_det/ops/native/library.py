@@ -47,6 +47,20 @@ class AttentionArguments(ctypes.Structure):
     )
 
 
+class StemArguments(ctypes.Structure):
+    """StemCall of calls.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "in_channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "block_size", "bands")),
+        *((name, Map) for name in ("image", "maximum")),
+        *((name, _FLOATS) for name in ("content", "rel_rows", "rel_cols", "value_weights")),
+        ("sums", _FLOATS),
+        ("grad_maximum", Map),
+        *((name, _FLOATS) for name in ("grad_sum", "grad_square_sum", "grad_weights")),
+    )
+
+
 @cache
 def load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -71,6 +85,15 @@ def unavailable() -> str | None:
     """Why this machine has not got the kernels, in words; None where it has."""
     library = load()
     return library if isinstance(library, str) else None
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why the kernels cannot compute with a tensor like ``x``; None where they can."""
+    if x.device.type != "cpu":
+        return f"it computes on the CPU, but the tensors are on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16, but the tensors are {x.dtype}"
+    return unavailable()
 
 
 @cache

@@ -19,8 +19,13 @@
 #include "sums.h"
 #include "local_attention.h"
 #include "local_attention_backward.h"
+#include "stem.h"
+#include "stem_backward.h"
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
-const Kernels JOIN(kernels, ISA) = {scratch_bytes, forward_task, backward_task};
+const Kernels JOIN(kernels, ISA) = {
+    scratch_bytes,      forward_task,      backward_task,
+    stem_scratch_bytes, stem_forward_task, stem_backward_task,
+};

@@ -61,3 +61,17 @@ EXPORT int64_t sasa_det_attention_backward(const AttentionCall *call, int64_t in
     return run(kernels->backward_task, call, call->batch * call->heads * call->bands,
                kernels->scratch_bytes(call, true), threads);
 }
+
+EXPORT int64_t sasa_det_stem_forward(const StemCall *call, int64_t instruction_set,
+                                     int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->stem_forward_task, call, call->batch * call->bands,
+               kernels->stem_scratch_bytes(call, false), threads);
+}
+
+EXPORT int64_t sasa_det_stem_backward(const StemCall *call, int64_t instruction_set,
+                                      int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->stem_backward_task, call, call->batch * call->bands,
+               kernels->stem_scratch_bytes(call, true), threads);
+}
