@@ -11,7 +11,10 @@
 
 typedef struct {
     const AttentionCall *call;
-    Layout layout;
+    /* Rows as they are, and rows that are seen with shifts: those start at the first column that any
+       shift reaches, so that most loads are aligned. */
+    Layout plain, shifted;
+    Layout kept;                      /* of weights and grad_logits: padded by whole vectors */
     int64_t n, head, channel;         /* image, head and its first channel */
     int64_t begin, end;               /* rows of the band */
     int64_t size, radius;             /* of the window */
@@ -21,12 +24,13 @@ typedef struct {
     float **grad_keys, **grad_values; /* [size] */
     int64_t next_row;                 /* of keys, the first that is not in the ring yet */
     float *key_ring, *value_ring, *grad_key_ring, *grad_value_ring;
-    float *query, *grad_output, *result; /* a row of all channels */
-    float *logsumexp;                 /* a row of one channel */
+    float *query, *grad_output, *result; /* plain rows of all channels */
+    float *shifted_query, *shifted_grad_output;
+    float *logsumexp;                 /* a plain row of one channel */
     V *logits, *grads;                /* [size * cols], of one vector of queries */
     V *row_logits, *col_logits;       /* [size] */
     V *row_mask, *col_mask;           /* [size], [vectors * cols]: 0, or OUTSIDE */
-    float *weights, *grad_logits;     /* [size * cols] rows of one channel */
+    float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
     V *grad_rel_rows, *grad_rel_cols; /* [size * head_dim / 2] */
 } Task;
 
@@ -40,28 +44,32 @@ static void *take(char **scratch, int64_t count, size_t size) {
 /* Lays out `task` at `scratch` and returns the end of it. */
 static char *lay_out(Task *task, char *scratch, bool backward) {
     const int64_t channels = task->call->head_dim, window = task->size * task->cols;
-    const int64_t row = channels * task->layout.floats, ring = task->size * row;
+    const int64_t plain = channels * task->plain.floats;
+    /* Loads of what is shifted reach a vector too far. */
+    const int64_t shifted = channels * task->shifted.floats, ring = task->size * shifted + LANES;
     task->keys = take(&scratch, task->size, sizeof(float *));
     task->values = take(&scratch, task->size, sizeof(float *));
     task->key_ring = take(&scratch, ring, sizeof(float));
     task->value_ring = take(&scratch, ring, sizeof(float));
-    task->query = take(&scratch, row, sizeof(float));
-    task->result = take(&scratch, row, sizeof(float));
-    task->logsumexp = take(&scratch, task->layout.floats, sizeof(float));
+    task->query = take(&scratch, plain, sizeof(float));
+    task->result = take(&scratch, plain, sizeof(float));
+    task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
     task->col_logits = take(&scratch, task->size, sizeof(V));
     task->row_mask = take(&scratch, task->size, sizeof(V));
-    task->col_mask = take(&scratch, task->layout.vectors * task->cols, sizeof(V));
+    task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
     if (!backward) return scratch;
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
     task->grad_values = take(&scratch, task->size, sizeof(float *));
-    task->grad_key_ring = take(&scratch, ring, sizeof(float));
-    task->grad_value_ring = take(&scratch, ring, sizeof(float));
-    task->grad_output = take(&scratch, row, sizeof(float));
+    task->grad_key_ring = take(&scratch, task->size * plain, sizeof(float));
+    task->grad_value_ring = take(&scratch, task->size * plain, sizeof(float));
+    task->grad_output = take(&scratch, plain, sizeof(float));
+    task->shifted_query = take(&scratch, shifted + LANES, sizeof(float));
+    task->shifted_grad_output = take(&scratch, shifted + LANES, sizeof(float));
     task->grads = take(&scratch, window, sizeof(V));
-    task->weights = take(&scratch, window * task->layout.floats, sizeof(float));
-    task->grad_logits = take(&scratch, window * task->layout.floats, sizeof(float));
+    task->weights = take(&scratch, window * task->kept.floats, sizeof(float));
+    task->grad_logits = take(&scratch, window * task->kept.floats, sizeof(float));
     task->grad_rel_rows = take(&scratch, task->size * channels / 2, sizeof(V));
     task->grad_rel_cols = take(&scratch, task->size * channels / 2, sizeof(V));
     return scratch;
@@ -73,7 +81,10 @@ static void shape_task(Task *task, const AttentionCall *call) {
     task->radius = call->kernel_size / 2;
     task->col_radius = task->radius < call->width ? task->radius : call->width - 1;
     task->cols = 2 * task->col_radius + 1;
-    task->layout = make_layout(call->height, call->width, task->col_radius);
+    task->plain = make_layout(call->height, call->width);
+    int64_t reach = task->col_radius * task->plain.pack;
+    task->shifted = padded(task->plain, reach);
+    task->kept = padded(task->plain, ceil_div(reach, LANES) * LANES);
 }
 
 static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
@@ -86,7 +97,7 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
                        bool backward) {
     shape_task(task, call);
     lay_out(task, scratch, backward);
-    const Layout *s = &task->layout;
+    const Layout *s = &task->plain;
     task->head = index / call->bands % call->heads;
     task->n = index / call->bands / call->heads;
     task->channel = task->head * call->head_dim;
@@ -103,22 +114,23 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
             }
 }
 
-INLINE int64_t slot_of(const Task *task, int64_t row) {
+/* Where a row stands in a ring of rows of this layout. */
+INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
     int64_t slot = row % task->size;
-    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * task->layout.floats;
+    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
 }
 
 /* Makes the window of the queries from `row` on the current one. */
 static void move_window(Task *task, int64_t row) {
     const AttentionCall *call = task->call;
-    const Layout *s = &task->layout;
+    const Layout *s = &task->shifted;
     int64_t top = row - task->radius;
     /* Row offsets that no query of the row sees are left out. */
     task->first = top + s->pack > 0 ? 0 : -top - s->pack + 1;
     task->last = task->size - 1;
     if (top + task->last >= s->height) task->last = s->height - 1 - top;
     for (int64_t a = task->first; a <= task->last; a++) {
-        int64_t slot = slot_of(task, top + a);
+        int64_t slot = slot_of(task, s, top + a);
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
         if (top + a >= task->next_row) {
@@ -142,7 +154,7 @@ INLINE V embedding_dot(const float *x, int64_t stride, const float *embedding, i
 /* q . r of a vector of queries at `query`, factorised into rows and columns, and the masks. */
 static void position_logits(Task *task, const float *query, int64_t vector) {
     const AttentionCall *call = task->call;
-    const int64_t half = call->head_dim / 2, stride = task->layout.floats;
+    const int64_t half = call->head_dim / 2, stride = task->plain.floats;
     const int64_t first_col = task->radius - task->col_radius;
     for (int64_t a = task->first; a <= task->last; a++) {
         task->row_logits[a] = task->row_mask[a];
@@ -161,15 +173,14 @@ static void position_logits(Task *task, const float *query, int64_t vector) {
 
 /* The logits of a vector of queries; those of the rows in the window only. Returns their maximum. */
 static V compute_logits(Task *task, int64_t vector) {
-    const Layout *s = &task->layout;
-    const int64_t at = s->pad + vector * LANES, cols = task->cols;
+    const int64_t at = vector * LANES, cols = task->cols;
     const float *query = task->query + at;
     position_logits(task, query, vector);
     V highest = splat(-INFINITY);
     for (int64_t a = task->first; a <= task->last; a++) {
         V *logits = task->logits + a * cols;
-        dots(query, task->keys[a] + at, s->floats, s->pack, task->col_radius, task->call->head_dim,
-             logits);
+        dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, task->plain.pack,
+             cols, task->call->head_dim, logits);
         for (int64_t o = 0; o < cols; o++) {
             logits[o] += task->row_logits[a] + task->col_logits[o];
             highest = maximum(highest, logits[o]);
@@ -178,24 +189,31 @@ static V compute_logits(Task *task, int64_t vector) {
     return highest;
 }
 
+/* result = sum over the window of weights times the rows of keys or values. */
+static void weighted_sum(Task *task, const V *weights, float *const *rows, int64_t vector) {
+    const int64_t at = vector * LANES, channels = task->call->head_dim;
+    float *result = task->result + at;
+    for (int64_t c = 0; c < channels; c++) store(result + c * task->plain.floats, (V){0});
+    for (int64_t a = task->first; a <= task->last; a++)
+        add_weighted(weights + a * task->cols, rows[a] + at, task->shifted.floats,
+                     task->plain.pack, task->cols, channels, result, task->plain.floats);
+}
+
 /* A vector of the output, and of the log-sum-exp. */
 static void attend(Task *task, int64_t vector) {
-    const Layout *s = &task->layout;
-    const int64_t at = s->pad + vector * LANES, channels = task->call->head_dim;
-    const int64_t num_rows = task->last - task->first + 1;
-    V *weights = task->logits + task->first * task->cols;
+    const int64_t at = vector * LANES, stride = task->plain.floats;
     V highest = compute_logits(task, vector), total = {0};
-    for (int64_t i = 0; i < num_rows * task->cols; i++) {
-        weights[i] = exponential(weights[i] - highest);
-        total += weights[i];
+    for (int64_t i = task->first * task->cols; i < (task->last + 1) * task->cols; i++) {
+        task->logits[i] = exponential(task->logits[i] - highest);
+        total += task->logits[i];
     }
     store(task->logsumexp + at, highest + logarithm(total));
-    float *result = task->result + at;
-    weighted_sum(weights, task->values + task->first, num_rows, at, s->floats, s->pack,
-                 task->col_radius, channels, result);
+    weighted_sum(task, task->logits, task->values, vector);
     V scale = 1.0f / total;
-    for (int64_t c = 0; c < channels; c++)
-        store(result + c * s->floats, load(result + c * s->floats) * scale);
+    for (int64_t c = 0; c < task->call->head_dim; c++) {
+        float *result = task->result + c * stride + at;
+        store(result, load(result) * scale);
+    }
 }
 
 INLINE Map logsumexp_map(const AttentionCall *call) {
@@ -207,7 +225,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     const AttentionCall *call = arguments;
     Task task;
     start_task(&task, call, index, scratch, false);
-    const Layout *s = &task.layout;
+    const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
     for (int64_t row = task.begin; row < task.end; row += s->pack) {
         move_window(&task, row);

@@ -3,24 +3,23 @@
 
 /* Weights and gradients of the logits of a vector of queries, kept for the keys and values. */
 static void logit_gradients(Task *task, int64_t vector) {
-    const Layout *s = &task->layout;
-    const int64_t at = s->pad + vector * LANES, cols = task->cols;
+    const int64_t at = vector * LANES, cols = task->cols, kept = task->kept.floats;
     const V logsumexp = load(task->logsumexp + at);
     V mean = {0};
     compute_logits(task, vector);
     for (int64_t a = task->first; a <= task->last; a++) {
         V *weights = task->logits + a * cols, *grads = task->grads + a * cols;
-        dots(task->grad_output + at, task->values[a] + at, s->floats, s->pack, task->col_radius,
-             task->call->head_dim, grads);
+        dots(task->grad_output + at, task->plain.floats, task->values[a] + at,
+             task->shifted.floats, task->plain.pack, cols, task->call->head_dim, grads);
         for (int64_t o = 0; o < cols; o++) {
             weights[o] = exponential(weights[o] - logsumexp);
-            store(task->weights + (a * cols + o) * s->floats + at, weights[o]);
+            store(task->weights + (a * cols + o) * kept + task->kept.pad + at, weights[o]);
             mean += weights[o] * grads[o];
         }
     }
     for (int64_t i = task->first * cols; i < (task->last + 1) * cols; i++) {
         task->grads[i] = task->logits[i] * (task->grads[i] - mean);
-        store(task->grad_logits + i * s->floats + at, task->grads[i]);
+        store(task->grad_logits + i * kept + task->kept.pad + at, task->grads[i]);
     }
 }
 
@@ -37,13 +36,11 @@ INLINE void embedding_gradients(V logit, const float *query, const float *embedd
 /* A vector of the gradient of the query, and what it adds to that of the embeddings. */
 static void query_gradient(Task *task, int64_t vector) {
     const AttentionCall *call = task->call;
-    const Layout *s = &task->layout;
-    const int64_t at = s->pad + vector * LANES, cols = task->cols, half = call->head_dim / 2;
+    const Layout *s = &task->plain;
+    const int64_t at = vector * LANES, cols = task->cols, half = call->head_dim / 2;
     const float *query = task->query + at;
     float *result = task->result + at;
-    weighted_sum(task->grads + task->first * cols, task->keys + task->first,
-                 task->last - task->first + 1, at, s->floats, s->pack, task->col_radius,
-                 call->head_dim, result);
+    weighted_sum(task, task->grads, task->keys, vector);
     if (!call->rel_rows) return;
     for (int64_t a = task->first; a <= task->last; a++) {
         V logit = {0};
@@ -62,28 +59,38 @@ static void query_gradient(Task *task, int64_t vector) {
     }
 }
 
+/* Adds to a row of the gradients of keys or values what a row of queries, seen from row offset `a`,
+   gives: the sum over columns of `kept` weights times `rows`. */
+static void add_to_row(Task *task, const float *kept, const float *rows, int64_t a, float *sums) {
+    const int64_t cols = task->cols, pack = task->plain.pack;
+    for (int64_t vector = 0; vector < task->plain.vectors; vector++) {
+        int64_t at = vector * LANES;
+        V weights[cols];
+        /* The query that sees a key o columns to its right stands o columns to the key's left. */
+        for (int64_t o = 0; o < cols; o++)
+            weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats +
+                              task->kept.pad + at + (o - task->col_radius) * pack);
+        add_weighted(weights, rows + at, task->shifted.floats, pack, cols, task->call->head_dim,
+                     sums + at, task->plain.floats);
+    }
+}
+
 /* Adds what the current row of queries gives to the keys and values of its window. */
 static void key_value_gradients(Task *task) {
-    const Layout *s = &task->layout;
-    const int64_t channels = task->call->head_dim;
-    for (int64_t a = task->first; a <= task->last; a++)
-        for (int64_t vector = 0; vector < s->vectors; vector++) {
-            int64_t at = s->pad + vector * LANES, from = a * task->cols * s->floats + at;
-            add_shifted(task->grad_logits + from, s->floats, task->query + at, s->floats, s->pack,
-                        task->col_radius, channels, task->grad_keys[a] + at);
-            add_shifted(task->weights + from, s->floats, task->grad_output + at, s->floats, s->pack,
-                        task->col_radius, channels, task->grad_values[a] + at);
-        }
+    for (int64_t a = task->first; a <= task->last; a++) {
+        add_to_row(task, task->grad_logits, task->shifted_query, a, task->grad_keys[a]);
+        add_to_row(task, task->weights, task->shifted_grad_output, a, task->grad_values[a]);
+    }
 }
 
 /* Sets the gradients of the keys and values of the band to zero. */
 static void clear_gradients(Task *task) {
     const AttentionCall *call = task->call;
-    memset(task->result, 0, call->head_dim * task->layout.floats * sizeof(float));
-    for (int64_t row = task->begin; row < task->end; row += task->layout.pack) {
-        write_rows(&task->layout, &call->grad_key, task->n, task->channel, call->head_dim, row,
+    memset(task->result, 0, call->head_dim * task->plain.floats * sizeof(float));
+    for (int64_t row = task->begin; row < task->end; row += task->plain.pack) {
+        write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, row,
                    task->result, task->begin, task->end, false);
-        write_rows(&task->layout, &call->grad_value, task->n, task->channel, call->head_dim, row,
+        write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim, row,
                    task->result, task->begin, task->end, false);
     }
 }
@@ -93,11 +100,11 @@ static void flush_gradients(Task *task, int64_t *flushed, int64_t until) {
     const AttentionCall *call = task->call;
     for (; *flushed < until; (*flushed)++) {
         if (*flushed >= task->next_row) continue; /* rows between two windows */
-        const bool add = task->layout.pack > 1;   /* a row of the map is in several rows of the ring */
-        int64_t slot = slot_of(task, *flushed);
-        write_rows(&task->layout, &call->grad_key, task->n, task->channel, call->head_dim, *flushed,
+        const bool add = task->plain.pack > 1;   /* a row of the map is in several rows of the ring */
+        int64_t slot = slot_of(task, &task->plain, *flushed);
+        write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, *flushed,
                    task->grad_key_ring + slot, task->begin, task->end, add);
-        write_rows(&task->layout, &call->grad_value, task->n, task->channel, call->head_dim,
+        write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim,
                    *flushed, task->grad_value_ring + slot, task->begin, task->end, add);
     }
 }
@@ -118,14 +125,14 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     const AttentionCall *call = arguments;
     Task task;
     start_task(&task, call, index, scratch, true);
-    const Layout *s = &task.layout;
+    const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
     const int64_t row_floats = call->head_dim * s->floats, window = task.size * task.cols;
     const int64_t count = task.size * (call->head_dim / 2);
     if (s->pack > 1) clear_gradients(&task);
     /* The padding stays zero. */
-    memset(task.weights, 0, window * s->floats * sizeof(float));
-    memset(task.grad_logits, 0, window * s->floats * sizeof(float));
+    memset(task.weights, 0, window * task.kept.floats * sizeof(float));
+    memset(task.grad_logits, 0, window * task.kept.floats * sizeof(float));
     memset(task.grad_rel_rows, 0, count * sizeof(V));
     memset(task.grad_rel_cols, 0, count * sizeof(V));
     /* Queries of the neighbouring bands see keys of this one. */
@@ -137,7 +144,7 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
         flush_gradients(&task, &flushed, row - task.radius);
         move_window(&task, row);
         for (int64_t a = 0; a < task.size; a++) {
-            int64_t slot = slot_of(&task, row - task.radius + a);
+            int64_t slot = slot_of(&task, s, row - task.radius + a);
             task.grad_keys[a] = task.grad_key_ring + slot;
             task.grad_values[a] = task.grad_value_ring + slot;
             if (row - task.radius + a < task.next_row) continue;
@@ -147,6 +154,10 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
         task.next_row = row + task.radius + 1;
         read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query);
         read_rows(s, &call->grad_output, task.n, task.channel, call->head_dim, row, task.grad_output);
+        read_rows(&task.shifted, &call->query, task.n, task.channel, call->head_dim, row,
+                  task.shifted_query);
+        read_rows(&task.shifted, &call->grad_output, task.n, task.channel, call->head_dim, row,
+                  task.shifted_grad_output);
         read_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             logit_gradients(&task, vector);

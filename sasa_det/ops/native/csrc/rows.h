@@ -2,15 +2,16 @@
 
 /* How rows stand in scratch memory: `pack` rows share a vector, row r and column x being at
    pad + x * pack + r. A shift by a column then is a shift by `pack` floats, and a map narrower than
-   a vector leaves few lanes empty. `pad` floats stand before and behind for the shifts. */
+   a vector leaves few lanes empty. */
 typedef struct {
     int64_t height, width;
-    int64_t pack, vectors, pad, floats;
+    int64_t pack, vectors; /* rows in a vector, vectors in a row */
+    int64_t pad, floats;   /* of a row: before its first column, and in all */
 } Layout;
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static Layout make_layout(int64_t height, int64_t width, int64_t col_radius) {
+static Layout make_layout(int64_t height, int64_t width) {
     Layout best = {.height = height, .width = width};
     int64_t least = INT64_MAX;
     for (int64_t pack = 1; pack <= LANES; pack *= 2) {
@@ -22,9 +23,15 @@ static Layout make_layout(int64_t height, int64_t width, int64_t col_radius) {
             best.vectors = vectors;
         }
     }
-    best.pad = ceil_div(col_radius * best.pack, LANES) * LANES;
-    best.floats = best.vectors * LANES + 2 * best.pad;
+    best.floats = best.vectors * LANES;
     return best;
+}
+
+/* The same with `pad` floats more at both ends, at least. */
+static Layout padded(Layout layout, int64_t pad) {
+    layout.pad = pad;
+    layout.floats += ceil_div(2 * pad, LANES) * LANES;
+    return layout;
 }
 
 INLINE float read(const Map *map, int64_t at) {

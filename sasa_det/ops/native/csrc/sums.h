@@ -1,7 +1,7 @@
-/* The three inner loops, which all time goes to. Included once for each instruction set.
+/* The two inner loops, which all time goes to. Included once for each instruction set.
 
-   x, y, g are rows of some channels, `stride` floats apart, at the vector that is worked on. Columns
-   are `step` floats apart; `cols` of them, from -radius on, are visited. */
+   x, y and sums are rows of some channels, `stride` floats apart, at the vector that is worked on;
+   y is seen with `cols` shifts by columns, which are `step` floats apart. */
 
 #define AT_ONCE 8
 
@@ -10,92 +10,69 @@ INLINE int chunk_of(int64_t left) {
     return left < 2 * AT_ONCE ? (int)((left + 1) / 2) : AT_ONCE;
 }
 
-/* Calls `body(count)` with a compile-time count, so that accumulators live in registers. */
-#define WITH_CONSTANT(count, body)                                                                 \
+/* Calls BODY(count, step) with compile-time constants, so that sums live in registers and shifts are
+   immediate. */
+#define WITH_COUNT(count, step)                                                                    \
     switch (count) {                                                                               \
-    case 1: body(1); break;                                                                        \
-    case 2: body(2); break;                                                                        \
-    case 3: body(3); break;                                                                        \
-    case 4: body(4); break;                                                                        \
-    case 5: body(5); break;                                                                        \
-    case 6: body(6); break;                                                                        \
-    case 7: body(7); break;                                                                        \
-    default: body(8); break;                                                                       \
+    case 1: BODY(1, step); break;                                                                  \
+    case 2: BODY(2, step); break;                                                                  \
+    case 3: BODY(3, step); break;                                                                  \
+    case 4: BODY(4, step); break;                                                                  \
+    case 5: BODY(5, step); break;                                                                  \
+    case 6: BODY(6, step); break;                                                                  \
+    case 7: BODY(7, step); break;                                                                  \
+    default: BODY(8, step); break;                                                                 \
+    }
+#define WITH_CONSTANTS(count, step)                                                                \
+    switch (step) {                                                                                \
+    case 1: WITH_COUNT(count, 1); break;                                                           \
+    case 2: WITH_COUNT(count, 2); break;                                                           \
+    case 4: WITH_COUNT(count, 4); break;                                                           \
+    case 8: WITH_COUNT(count, 8); break;                                                           \
+    default: WITH_COUNT(count, 16); break;                                                         \
     }
 
-INLINE void dots_of(const int count, const float *x, const float *y, int64_t stride, int64_t step,
-                    int64_t channels, V *dots) {
+INLINE void dots_of(const int count, const int step, const float *x, int64_t x_stride,
+                    const float *y, int64_t stride, int64_t channels, V *dots) {
     V total[AT_ONCE];
     for (int o = 0; o < count; o++) total[o] = (V){0};
-    for (int64_t c = 0; c < channels; c++) {
-        V factor = load(x + c * stride);
-        for (int o = 0; o < count; o++) total[o] += factor * load(y + c * stride + o * step);
+    for (int64_t c = 0; c < channels; c++, x += x_stride, y += stride) {
+        V factor = load(x);
+        for (int o = 0; o < count; o++) total[o] += factor * load_shifted(y, o * step);
     }
     for (int o = 0; o < count; o++) dots[o] = total[o];
 }
 
 /* dots[o] = sum over channels of x times y shifted by column o. */
-static void dots(const float *x, const float *y, int64_t stride, int64_t step, int64_t radius,
-                 int64_t channels, V *dots) {
-    int64_t cols = 2 * radius + 1;
+static void dots(const float *x, int64_t x_stride, const float *y, int64_t stride, int64_t step,
+                 int64_t cols, int64_t channels, V *dots) {
     for (int64_t o = 0, count; o < cols; o += count) {
         count = chunk_of(cols - o);
-#define BODY(n) dots_of(n, x, y + (o - radius) * step, stride, step, channels, dots + o)
-        WITH_CONSTANT(count, BODY)
+#define BODY(n, s) dots_of(n, s, x, x_stride, y + o * step, stride, channels, dots + o)
+        WITH_CONSTANTS(count, step)
 #undef BODY
     }
 }
 
-INLINE void weighted_sum_of(const int count, const V *weights, float *const *rows, int64_t num_rows,
-                            int64_t at, int64_t stride, int64_t step, int64_t cols, float *out) {
-    V total[AT_ONCE];
-    for (int c = 0; c < count; c++) total[c] = (V){0};
-    for (int64_t a = 0; a < num_rows; a++) {
-        const float *y = rows[a] + at;
-        for (int64_t o = 0; o < cols; o++) {
-            V weight = weights[a * cols + o];
-            for (int c = 0; c < count; c++) total[c] += weight * load(y + c * stride + o * step);
-        }
-    }
-    for (int c = 0; c < count; c++) store(out + c * stride, total[c]);
-}
-
-/* out = sum over the window of weights times rows[a] shifted by column o. */
-static void weighted_sum(const V *weights, float *const *rows, int64_t num_rows, int64_t at,
-                         int64_t stride, int64_t step, int64_t radius, int64_t channels,
-                         float *out) {
-    for (int64_t c = 0, count; c < channels; c += count) {
-        count = chunk_of(channels - c);
-        int64_t from = at + c * stride - radius * step;
-        float *to = out + c * stride;
-#define BODY(n) weighted_sum_of(n, weights, rows, num_rows, from, stride, step, 2 * radius + 1, to)
-        WITH_CONSTANT(count, BODY)
-#undef BODY
-    }
-}
-
-INLINE void add_shifted_of(const int count, const float *weights, int64_t weights_stride,
-                           const float *x, int64_t stride, int64_t step, int64_t channels,
-                           float *g) {
+INLINE void add_weighted_of(const int count, const int step, const V *weights, const float *y,
+                            int64_t stride, int64_t channels, float *sums, int64_t sums_stride) {
     V weight[AT_ONCE];
-    for (int o = 0; o < count; o++) weight[o] = load(weights + o * weights_stride - o * step);
-    for (int64_t c = 0; c < channels; c++) {
-        V total = load(g + c * stride);
-        for (int o = 0; o < count; o++) total += weight[o] * load(x + c * stride - o * step);
-        store(g + c * stride, total);
+    for (int o = 0; o < count; o++) weight[o] = weights[o];
+    for (int64_t c = 0; c < channels; c++, y += stride, sums += sums_stride) {
+        V total = load(sums);
+        for (int o = 0; o < count; o++) total += weight[o] * load_shifted(y, o * step);
+        store(sums, total);
     }
 }
 
-/* g += sum over columns of weights[o] times x, both at the query that sees g at column o. */
-static void add_shifted(const float *weights, int64_t weights_stride, const float *x,
-                        int64_t stride, int64_t step, int64_t radius, int64_t channels, float *g) {
-    int64_t cols = 2 * radius + 1;
+/* For each channel, sums += sum over columns of weights[o] times y shifted by column o. */
+static void add_weighted(const V *weights, const float *y, int64_t stride, int64_t step,
+                         int64_t cols, int64_t channels, float *sums, int64_t sums_stride) {
     for (int64_t o = 0, count; o < cols; o += count) {
         count = chunk_of(cols - o);
-        int64_t shift = (o - radius) * step;
-        const float *w = weights + o * weights_stride - shift;
-#define BODY(n) add_shifted_of(n, w, weights_stride, x - shift, stride, step, channels, g)
-        WITH_CONSTANT(count, BODY)
+#define BODY(n, s)                                                                                 \
+    add_weighted_of(n, s, weights + o, y + o * step, stride, channels, sums, sums_stride)
+        WITH_CONSTANTS(count, step)
 #undef BODY
     }
 }

@@ -8,6 +8,26 @@ INLINE V load(const float *p) { return *(const UnalignedV *)p; }
 INLINE void store(float *p, V x) { *(UnalignedV *)p = x; }
 INLINE V splat(float x) { return x - (V){0}; }
 
+/* The vector `shift` floats behind `p`, which is aligned; `shift` is a compile-time constant. A load
+   that crosses a cache line costs several times as much as a shuffle of two aligned ones, which the
+   compiler loads once for all shifts. */
+INLINE V load_shifted(const float *p, const int shift) {
+#if LANES == 16
+    const __m512i low = _mm512_loadu_si512(p + shift / 16 * 16);
+    if (shift % 16 == 0) return (V)low;
+    const __m512i high = _mm512_loadu_si512(p + shift / 16 * 16 + 16);
+#define CASE(n) case n: return (V)_mm512_alignr_epi32(high, low, n)
+    switch (shift % 16) {
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
+        CASE(9); CASE(10); CASE(11); CASE(12); CASE(13); CASE(14);
+    default: return (V)_mm512_alignr_epi32(high, low, 15);
+    }
+#undef CASE
+#else
+    return load(p + shift);
+#endif
+}
+
 INLINE V maximum(V a, V b) {
 #if LANES == 16
     return (V)_mm512_max_ps((__m512)a, (__m512)b);
