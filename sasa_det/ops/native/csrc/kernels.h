@@ -15,6 +15,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #include "vector.h"
+#include "transpose.h"
 #include "rows.h"
 #include "sums.h"
 #include "local_attention.h"

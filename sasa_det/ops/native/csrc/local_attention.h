@@ -27,6 +27,7 @@ typedef struct {
     float *query, *grad_output, *result; /* plain rows of all channels */
     float *shifted_query, *shifted_grad_output;
     float *logsumexp;                 /* a plain row of one channel */
+    float *apart;                     /* the rows of a packed row */
     V *logits, *grads;                /* [size * cols], of one vector of queries */
     V *row_logits, *col_logits;       /* [size] */
     V *row_mask, *col_mask;           /* [size], [vectors * cols]: 0, or OUTSIDE */
@@ -54,6 +55,7 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
     task->query = take(&scratch, plain, sizeof(float));
     task->result = take(&scratch, plain, sizeof(float));
     task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
+    task->apart = take(&scratch, channels * task->plain.width * task->plain.pack, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
     task->col_logits = take(&scratch, task->size, sizeof(V));
@@ -134,9 +136,10 @@ static void move_window(Task *task, int64_t row) {
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
         if (top + a >= task->next_row) {
-            read_rows(s, &call->key, task->n, task->channel, call->head_dim, top + a, task->keys[a]);
+            read_rows(s, &call->key, task->n, task->channel, call->head_dim, top + a, task->keys[a],
+                      task->apart);
             read_rows(s, &call->value, task->n, task->channel, call->head_dim, top + a,
-                      task->values[a]);
+                      task->values[a], task->apart);
         }
         for (int lane = 0; lane < LANES; lane++) {
             int64_t y = top + a + lane % s->pack;
@@ -221,6 +224,18 @@ INLINE Map logsumexp_map(const AttentionCall *call) {
     return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32};
 }
 
+/* Asks, while a vector of this row of queries is computed, for a part of what the next row needs. */
+static void prefetch(const Task *task, int64_t row, int64_t vector) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
+    prefetch_rows(s, &call->query, task->n, task->channel, call->head_dim, row + s->pack, vector,
+                  s->vectors);
+    prefetch_rows(s, &call->key, task->n, task->channel, call->head_dim, task->next_row, vector,
+                  s->vectors);
+    prefetch_rows(s, &call->value, task->n, task->channel, call->head_dim, task->next_row, vector,
+                  s->vectors);
+}
+
 static void forward_task(const void *arguments, int64_t index, char *scratch) {
     const AttentionCall *call = arguments;
     Task task;
@@ -230,11 +245,14 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     for (int64_t row = task.begin; row < task.end; row += s->pack) {
         move_window(&task, row);
         task.next_row = row + task.radius + 1;
-        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query);
-        for (int64_t vector = 0; vector < s->vectors; vector++) attend(&task, vector);
-        write_rows(s, &call->output, task.n, task.channel, call->head_dim, row, task.result,
+        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
+        for (int64_t vector = 0; vector < s->vectors; vector++) {
+            prefetch(&task, row, vector);
+            attend(&task, vector);
+        }
+        write_rows(s, &call->output, task.n, task.channel, call->head_dim, row, task.result, task.apart,
                    task.begin, task.end, false);
-        write_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.begin, task.end,
-                   false);
+        write_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart, task.begin,
+                   task.end, false);
     }
 }

@@ -89,9 +89,9 @@ static void clear_gradients(Task *task) {
     memset(task->result, 0, call->head_dim * task->plain.floats * sizeof(float));
     for (int64_t row = task->begin; row < task->end; row += task->plain.pack) {
         write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, row,
-                   task->result, task->begin, task->end, false);
+                   task->result, task->apart, task->begin, task->end, false);
         write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim, row,
-                   task->result, task->begin, task->end, false);
+                   task->result, task->apart, task->begin, task->end, false);
     }
 }
 
@@ -103,9 +103,9 @@ static void flush_gradients(Task *task, int64_t *flushed, int64_t until) {
         const bool add = task->plain.pack > 1;   /* a row of the map is in several rows of the ring */
         int64_t slot = slot_of(task, &task->plain, *flushed);
         write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, *flushed,
-                   task->grad_key_ring + slot, task->begin, task->end, add);
+                   task->grad_key_ring + slot, task->apart, task->begin, task->end, add);
         write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim,
-                   *flushed, task->grad_value_ring + slot, task->begin, task->end, add);
+                   *flushed, task->grad_value_ring + slot, task->apart, task->begin, task->end, add);
     }
 }
 
@@ -152,19 +152,23 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
             memset(task.grad_values[a], 0, row_floats * sizeof(float));
         }
         task.next_row = row + task.radius + 1;
-        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query);
-        read_rows(s, &call->grad_output, task.n, task.channel, call->head_dim, row, task.grad_output);
+        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
+        read_rows(s, &call->grad_output, task.n, task.channel, call->head_dim, row, task.grad_output,
+                  task.apart);
         read_rows(&task.shifted, &call->query, task.n, task.channel, call->head_dim, row,
-                  task.shifted_query);
+                  task.shifted_query, task.apart);
         read_rows(&task.shifted, &call->grad_output, task.n, task.channel, call->head_dim, row,
-                  task.shifted_grad_output);
-        read_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
+                  task.shifted_grad_output, task.apart);
+        read_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
+            prefetch(&task, row, vector);
+            prefetch_rows(s, &call->grad_output, task.n, task.channel, call->head_dim,
+                          row + s->pack, vector, s->vectors);
             logit_gradients(&task, vector);
             if (row >= task.begin && row < task.end) query_gradient(&task, vector);
         }
         if (row >= task.begin && row < task.end)
-            write_rows(s, &call->grad_query, task.n, task.channel, call->head_dim, row, task.result,
+            write_rows(s, &call->grad_query, task.n, task.channel, call->head_dim, row, task.result, task.apart,
                        task.begin, task.end, false);
         key_value_gradients(&task);
     }
