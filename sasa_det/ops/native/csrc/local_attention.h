@@ -224,16 +224,16 @@ INLINE Map logsumexp_map(const AttentionCall *call) {
     return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32};
 }
 
-/* Asks, while a vector of this row of queries is computed, for a part of what the next row needs. */
-static void prefetch(const Task *task, int64_t row, int64_t vector) {
+/* Asks, while a vector of this row of queries is computed, for a part of what the next row reads and
+   of what this row writes. */
+static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *to_write) {
     const AttentionCall *call = task->call;
     const Layout *s = &task->plain;
-    prefetch_rows(s, &call->query, task->n, task->channel, call->head_dim, row + s->pack, vector,
-                  s->vectors);
-    prefetch_rows(s, &call->key, task->n, task->channel, call->head_dim, task->next_row, vector,
-                  s->vectors);
-    prefetch_rows(s, &call->value, task->n, task->channel, call->head_dim, task->next_row, vector,
-                  s->vectors);
+    const int64_t n = task->n, channel = task->channel, channels = call->head_dim;
+    prefetch_rows(s, &call->query, n, channel, channels, row + s->pack, vector, s->vectors, false);
+    prefetch_rows(s, &call->key, n, channel, channels, task->next_row, vector, s->vectors, false);
+    prefetch_rows(s, &call->value, n, channel, channels, task->next_row, vector, s->vectors, false);
+    prefetch_rows(s, to_write, n, channel, channels, row, vector, s->vectors, true);
 }
 
 static void forward_task(const void *arguments, int64_t index, char *scratch) {
@@ -247,7 +247,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
         task.next_row = row + task.radius + 1;
         read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
-            prefetch(&task, row, vector);
+            prefetch(&task, row, vector, &call->output);
             attend(&task, vector);
         }
         write_rows(s, &call->output, task.n, task.channel, call->head_dim, row, task.result, task.apart,

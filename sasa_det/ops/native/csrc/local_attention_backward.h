@@ -152,18 +152,21 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
             memset(task.grad_values[a], 0, row_floats * sizeof(float));
         }
         task.next_row = row + task.radius + 1;
-        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
-        read_rows(s, &call->grad_output, task.n, task.channel, call->head_dim, row, task.grad_output,
-                  task.apart);
         read_rows(&task.shifted, &call->query, task.n, task.channel, call->head_dim, row,
                   task.shifted_query, task.apart);
         read_rows(&task.shifted, &call->grad_output, task.n, task.channel, call->head_dim, row,
                   task.shifted_grad_output, task.apart);
+        strip_padding(&task.shifted, task.shifted_query, s, call->head_dim, task.query);
+        strip_padding(&task.shifted, task.shifted_grad_output, s, call->head_dim, task.grad_output);
         read_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
-            prefetch(&task, row, vector);
+            prefetch(&task, row, vector, &call->grad_query);
             prefetch_rows(s, &call->grad_output, task.n, task.channel, call->head_dim,
-                          row + s->pack, vector, s->vectors);
+                          row + s->pack, vector, s->vectors, false);
+            prefetch_rows(s, &call->grad_key, task.n, task.channel, call->head_dim,
+                          row - task.radius, vector, s->vectors, true);
+            prefetch_rows(s, &call->grad_value, task.n, task.channel, call->head_dim,
+                          row - task.radius, vector, s->vectors, true);
             logit_gradients(&task, vector);
             if (row >= task.begin && row < task.end) query_gradient(&task, vector);
         }

@@ -152,6 +152,14 @@ static void read_rows(const Layout *s, const Map *map, int64_t n, int64_t channe
     if (s->pack > 1) repack(s, channels, rows, apart, false);
 }
 
+/* Copies a row between layouts that differ in their padding only. */
+static void strip_padding(const Layout *from, const float *rows, const Layout *to, int64_t channels,
+                          float *stripped) {
+    for (int64_t c = 0; c < channels; c++)
+        memcpy(stripped + c * to->floats, rows + c * from->floats + from->pad,
+               to->floats * sizeof(float));
+}
+
 /* The inverse of read_rows, for the rows from `begin` to `end` that lie in the map. `add` adds them
    to a float32 map. */
 static void write_rows(const Layout *s, const Map *map, int64_t n, int64_t channel,
@@ -166,10 +174,18 @@ static void write_rows(const Layout *s, const Map *map, int64_t n, int64_t chann
     }
 }
 
-/* Asks for a part of what read_rows will read, so that it is at hand by then: rows of a map lie too
+INLINE void prefetch_line(const char *p, const bool to_write) {
+    if (to_write)
+        __builtin_prefetch(p, 1, 2);
+    else
+        __builtin_prefetch(p, 0, 2);
+}
+
+/* Asks for a part of what read_rows will read or write_rows write, so that it is at hand by then: rows of a map lie too
    far apart for the processor to foresee them. */
 static void prefetch_rows(const Layout *s, const Map *map, int64_t n, int64_t channel,
-                          int64_t channels, int64_t first_row, int64_t part, int64_t parts) {
+                          int64_t channels, int64_t first_row, int64_t part, int64_t parts,
+                          const bool to_write) {
     const int64_t bytes = map->dtype == FLOAT32 ? 4 : 2, line = 64 / bytes;
     for (int64_t r = 0; r < s->pack; r++) {
         int64_t y = first_row + r;
@@ -181,6 +197,6 @@ static void prefetch_rows(const Layout *s, const Map *map, int64_t n, int64_t ch
         int64_t stride = by_channel ? map->stride_c : map->stride_w;
         for (int64_t i = outer * part / parts; i < outer * (part + 1) / parts; i++)
             for (int64_t j = 0; j < inner; j += line)
-                __builtin_prefetch(data + (i * stride + j) * bytes, 0, 2);
+                prefetch_line(data + (i * stride + j) * bytes, to_write);
     }
 }
