@@ -15,6 +15,7 @@ _NOT_COUNTED = (
     *("aten::batch_norm", "aten::group_norm", "aten::sigmoid", "aten::softmax"),
     *("aten::max_pool2d", "aten::avg_pool2d", "aten::adaptive_avg_pool2d"),
     *("aten::upsample_nearest2d", "aten::add", "aten::add_", "aten::div_", "aten::mul"),
+    *("aten::abs", "aten::lt", "aten::where"),
 )
 
 

@@ -24,7 +24,7 @@ class Implementation(Protocol):
     def forward(self, call: Any, /) -> Any:
         """What the operator returns."""
 
-    def backward(self, call: Any, /, *saved_and_grads: Any) -> list:
+    def backward(self, call: Any, /, *grads_and_saved: Any) -> list:
         """What the operator's backward returns."""
 
 

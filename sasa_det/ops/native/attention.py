@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall
+from ..calls import AttentionCall, empty_gradient
 from . import library
 
 
@@ -22,13 +22,15 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: AttentionCall, grad_output: Tensor, output: Tensor, logsumexp: Tensor
+    call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
 ) -> list[Tensor]:
     """``output`` is not needed: the kernel has all weights of a position at hand at once."""
     arguments, _embeddings = _arguments(call, logsumexp)
-    grads = [torch.empty_like(x, dtype=torch.float32) for x in call[:3]]
+    grads = [empty_gradient(call, torch.float32)]
     arguments.grad_output = library.Map.of(grad_output)
-    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(library.Map.of, grads)
+    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
+        library.Map.of, grads[0].chunk(3, dim=1)
+    )
     if call.rel_rows is not None:
         # Each task adds up its own part, so that the sum does not depend on who is first.
         parts = torch.zeros(call.query.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
