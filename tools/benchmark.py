@@ -16,7 +16,8 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ import sasa_det  # noqa: F401  (registers the models; before detectron2, see com
 
 # isort: split
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from sasa_det.analysis import charts, comparison, environment, memory, report
 from sasa_det.analysis.comparison import Comparison
@@ -45,18 +45,22 @@ from sasa_det.analysis.workloads import (
 from sasa_det.config import load_config
 from sasa_det.ops.checks import check_heads, check_kernel_size
 
+# Of detectron2 0.5's anchors, once in every process that measures memory.
+warnings.filterwarnings("ignore", message="torch.meshgrid")
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 DTYPES = ("float32", "bfloat16", "float16")
 LAYER_MODES = {"forward": False, "forward+backward": True}
 MODEL_MODES = {"inference": False, "training step": True}
 
 HOW = f"""\
-- Every contestant runs once in each round, in turn, after a warm-up. Times are medians, in brackets
-  the quartiles. Ratios are medians of the ratios within a round. Who is {SLOW} times slower than the
-  fastest takes part in the first {SLOW_ROUNDS} rounds only.
+- Every contestant runs once in each round, in turn, after a warm-up. Times are medians, in
+  brackets the quartiles. Ratios are medians of the ratios within a round. Who is {SLOW} times
+  slower than the fastest takes part in the first {SLOW_ROUNDS} rounds only.
 - Layers include their projections; forward+backward takes the gradients of input and weights.
   Where a convolution has a stride, attention is followed by the average pooling in its place.
-- Both memory formats are tried. A layer's faster one counts, the baseline's, too.
+- Both memory formats are tried. A layer's faster one counts, the baseline's, too. Detectors show
+  both; ratios refer to the baseline's faster one in time, to its smaller one in memory.
 - Peak memory is that of a step, above model and input: on the CPU the resident memory of a process
   of its own, on CUDA what torch's allocator handed out. "whole process" is its peak with everything
   (on CUDA: with model and input). 1 MiB is 2^20 bytes.
@@ -174,7 +178,7 @@ def run_shapes(benchmark: Benchmark) -> None:
     size = benchmark.args.image_size
     configs = read_configs([CONFIGS / "retinanet_conv.yaml", CONFIGS / "retinanet_full_attn.yaml"])
     convolutional, attentive = configs.values()
-    shapes = attention_shapes(build_model(attentive), size)
+    shapes = attention_shapes(attentive, size)
     stems = {CONVOLUTION: convolutional, OURS: attentive}
     for mode, training in LAYER_MODES.items():
         contestants = stem_contestants(stems, size, benchmark.setting, training)
@@ -262,7 +266,7 @@ def as_list(items: dict) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in items.items())
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -288,7 +292,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--without-peers", action="store_true", help="leave out the other implementations"
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check_args(args: argparse.Namespace) -> None:

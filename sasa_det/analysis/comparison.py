@@ -71,13 +71,11 @@ class Comparison:
             return None
         return spread([a / b for a, b in zip(row.seconds, reference.seconds)])
 
-    def memory_ratio(self, row: Row | None, *, total: bool = False) -> float | None:
-        """Its peak memory over the baseline's, of a step or in all."""
-        reference = self.best(self.baseline)
-        if row is None or row.memory is None or reference is None or reference.memory is None:
-            return None
-        ours, theirs = (getattr(r.memory, "total" if total else "step") for r in (row, reference))
-        return ours / theirs if theirs > 0 else None
+    def memory_ratio(self, row: Row | None) -> float | None:
+        """Its peak memory over that of the baseline, in whichever format that takes less."""
+        baseline = [row for row in self.rows if row.implementation == self.baseline]
+        least = min((row.memory.step for row in baseline if row.memory is not None), default=0)
+        return None if row is None or row.memory is None or least <= 0 else row.memory.step / least
 
     def shown_rows(self) -> list[Row]:
         """What a table shows: for each implementation the best row, or the first that failed."""

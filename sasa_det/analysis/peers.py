@@ -5,7 +5,6 @@ Each takes what :class:`LocalSelfAttention2d` takes. Where it can, it is that la
 """
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -59,13 +58,13 @@ class FlexLocalAttention(LocalSelfAttention2d):
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            raise NotImplementedError("FlexAttention has no backward on the CPU")
+            raise NotImplementedError("it has no backward on the CPU")
         query, key, value = (
             t.reshape(n, self.num_heads, -1, height * width).mT
             for t in self.projection(x).chunk(3, dim=1)
         )
         if self.rel_rows is None or self.rel_cols is None:
-            raise ValueError("FlexAttention is compared with relative positions only")
+            raise ValueError("it is compared with relative positions only")
         row_query, col_query = query.chunk(2, dim=-1)
         row_logits = row_query @ self.rel_rows.mT  # (N, heads, H * W, k)
         col_logits = col_query @ self.rel_cols.mT
@@ -162,22 +161,33 @@ class NattenAttention(LocalSelfAttention2d):
         return output.flatten(3).permute(0, 3, 1, 2)
 
 
-def _halo_attention(
-    in_channels: int, out_channels: int, kernel_size: int = 7, num_heads: int = 8
-) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about timm's own activations
+class HaloAttention(nn.Module):
+    """timm's HaloAttn, on maps padded to whole blocks.
+
+    Args and Shape: as in :class:`LocalSelfAttention2d`.
+    """
+
+    BLOCK = 8
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 7, num_heads: int = 8
+    ) -> None:
+        super().__init__()
         from timm.layers.halo_attn import HaloAttn
 
-    class HaloAttention(HaloAttn):
-        def forward(self, x: Tensor) -> Tensor:
-            if x.shape[2] % self.block_size or x.shape[3] % self.block_size:
-                raise ValueError(f"its map's sides must be multiples of {self.block_size}")
-            return super().forward(x)
+        self.attention = HaloAttn(
+            in_channels,
+            out_channels,
+            num_heads=num_heads,
+            block_size=self.BLOCK,
+            halo_size=kernel_size // 2,
+        )
 
-    return HaloAttention(
-        in_channels, out_channels, num_heads=num_heads, block_size=8, halo_size=kernel_size // 2
-    )
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height % self.BLOCK or width % self.BLOCK:
+            x = F.pad(x, [0, -width % self.BLOCK, 0, -height % self.BLOCK])
+        return self.attention(x)[..., :height, :width]
 
 
 class Peer(NamedTuple):
@@ -199,8 +209,8 @@ class Peer(NamedTuple):
 PEERS = {
     "eager unfold": Peer(
         UnfoldAttention,
-        "It computes Eq. 3 away from the border; at the border the zeros around the map are keys "
-        "that take part in the softmax.",
+        "It computes Eq. 3 away from the border, but the zeros around the map are keys that take "
+        "part in the softmax.",
     ),
     "FlexAttention": Peer(
         FlexLocalAttention,
@@ -210,10 +220,10 @@ PEERS = {
         compiled=True,
     ),
     "HaloAttn": Peer(
-        _halo_attention,
-        "timm's HaloAttn shares one window between the 8x8 queries of a block (14x14 keys for "
-        "k = 7), lets zeros around the map take part, scales the logits, and shares its "
-        "relative positions between heads.",
+        HaloAttention,
+        "It shares one window between the 8x8 queries of a block (14x14 keys for k = 7), lets "
+        "zeros around the map take part, scales the logits, shares its relative positions between "
+        "heads, and needs maps padded to multiples of 8.",
         "timm",
     ),
     "NATTEN": Peer(

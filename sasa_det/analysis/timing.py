@@ -77,11 +77,10 @@ def race(
             steps.pop(key, None)
             free_memory(device)
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
-    slow = SLOW * min(estimates.values(), default=0)
     for i in range(rounds):
+        if i == SLOW_ROUNDS:
+            steps = _without_slow(steps, seconds)
         for key in list(steps):
-            if i >= SLOW_ROUNDS and estimates[key] > slow:
-                continue
             try:
                 repeats = _repeats(estimates[key])
                 seconds[key].append(time_once(steps[key], device, repeats))
@@ -144,6 +143,14 @@ def _time_cuda(step: Callable[[], object], repeats: int) -> float:
 
 def _repeats(seconds: float) -> int:
     return min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9))))
+
+
+def _without_slow(
+    steps: dict[Key, Callable[[], object]], seconds: dict[Key, list[float]]
+) -> dict[Key, Callable[[], object]]:
+    medians = {key: statistics.median(seconds[key]) for key in steps}
+    limit = SLOW * min(medians.values(), default=0)
+    return {key: step for key, step in steps.items() if medians[key] <= limit}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d
@@ -76,15 +77,14 @@ class Contestant(NamedTuple):
     backend: str | None = None
 
 
-def attention_shapes(model: Any, image_size: int) -> dict[LayerShape, list[str]]:
-    """The shapes of all attention layers of a detector, found by running it on a square image.
+def attention_shapes(config: CfgNode, image_size: int) -> dict[LayerShape, list[str]]:
+    """The shapes of a detector's attention layers, found by running it on a square image.
 
     Returns:
         dict[LayerShape, list[str]]: with each, the names of the layers that have it; a layer
         that meets several levels of the FPN stands under each of them.
     """
     shapes: dict[LayerShape, list[str]] = {}
-    handles = []
 
     def record(name: str, stride: int, layer: Any, inputs: tuple, output: Tensor) -> None:
         height, width = inputs[0].shape[-2:]
@@ -92,18 +92,15 @@ def attention_shapes(model: Any, image_size: int) -> dict[LayerShape, list[str]]
         shape = LayerShape(*channels, height, width, layer.kernel_size, layer.num_heads, stride)
         shapes.setdefault(shape, []).append(name)
 
+    # On "meta" shapes are computed and nothing else.
+    model = build_model(_on_cpu(config)).eval().to("meta")
     for name, module in model.named_modules():
         if isinstance(module, LocalSelfAttention2d):
             stride = getattr(model.get_submodule(name.rpartition(".")[0]), "stride", 1)
-            handles.append(module.register_forward_hook(partial(record, name, stride)))
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()([{"image": torch.zeros(3, image_size, image_size)}])
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+            module.register_forward_hook(partial(record, name, stride))
+    with torch.no_grad():
+        features = model.backbone(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        model.head([features[name] for name in model.head_in_features])
     return shapes
 
 
@@ -252,7 +249,8 @@ def build_detector(
                 with torch.no_grad():
                     model(batch)
                 return
-            loss = sum(model(batch).values())
+            with EventStorage():  # RetinaNet logs into it
+                loss = sum(model(batch).values())
         with _backend(backend):
             loss.backward()
         if update:
