@@ -23,6 +23,7 @@ from sasa_det.analysis.timing import SLOW, SLOW_ROUNDS, Steps, race, reason
 from sasa_det.analysis.workloads import CONVOLUTION, OURS, LayerShape, Setting
 from sasa_det.config import load_config
 from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.ops import backends
 
 ALLOCATED = 64 * 2**20
 
@@ -162,6 +163,19 @@ def test_a_layer_runs_in_half_precision_and_pooled():
         workloads.build_layer(name, shape, setting, "channels_last", True).step()
 
 
+def test_our_other_backends_appear_by_themselves(monkeypatch):
+    served = {"fast": backends.eager_stem, **backends._IMPLEMENTATIONS["local_attention"]}
+    monkeypatch.setattr(backends.eager_stem, "refuses", lambda call: None)
+    monkeypatch.setitem(backends._IMPLEMENTATIONS, "local_attention", served)
+    monkeypatch.setitem(backends._UNAVAILABLE, "fast", lambda: None)
+    monkeypatch.setitem(backends._UNAVAILABLE, "absent", lambda: "there is no such device")
+    contestants = workloads.layer_contestants(LayerShape(8, 8, 6, 6, 3, 2), Setting(), False)
+    ours = {c.implementation: c.backend for c in contestants if c.implementation != CONVOLUTION}
+    assert ours[OURS] == "fast"
+    assert ours[f"{OURS} (eager)"] == "eager"
+    assert f"{OURS} (absent)" not in ours
+
+
 def comparison(size, kernel_size, memory):
     case = {"batch": 1, "height": size, "width": size, "kernel_size": kernel_size}
     rows = [
@@ -187,7 +201,7 @@ def test_what_was_not_measured_is_a_dash():
         cases, ["10", "20"], report.nanoseconds_a_position, first="map", growth=True
     )
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert cells[2] == ["10", "1,000", "2,000", "-"]
+    assert cells[2] == ["10", "1,000 (1,000 to 1,000)", "2,000 (2,000 to 2,000)", "-"]
     assert cells[-1] == ["largest ÷ smallest", "1", "1", "-"]
     assert report.memory_ratio(cases[0], OURS) is None
     assert "| out of memory |" in " ".join(report.comparison_table(cases[0]).split())

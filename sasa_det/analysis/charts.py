@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import Comparison
-from .report import Figure, mebibytes, milliseconds
+from .report import Figure, mebibytes, median, milliseconds
 from .workloads import CONVOLUTION, OURS
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -63,7 +63,7 @@ def _draw_panel(
     ends = []
     for name, colour in colours.items():
         values = [(abscissa(c), figure(c, name)) for c in comparisons]
-        points = [(x, y) for x, y in values if y is not None and y > 0]
+        points = [(x, median(y)) for x, y in values if y is not None and median(y) > 0]
         if not points:
             continue
         width = 2.6 if name == OURS else 1.4

@@ -11,8 +11,8 @@ from .timing import Spread
 NOT_MEASURED = "-"
 MIB = 2**20
 
-# Turns a comparison and the name of an implementation into a number; None where not measured.
-Figure = Callable[[Comparison, str], float | None]
+# What a comparison says of an implementation, by name; None where it was not measured.
+Figure = Callable[[Comparison, str], Spread | float | None]
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -29,14 +29,14 @@ def comparison_table(comparison: Comparison) -> str:
             lines.append([*line, row.memory_format if whole else NOT_MEASURED, row.backend or ""])
             continue
         memory = row.memory
-        line = [row.implementation, with_quartiles(comparison.time_ratio(row))]
+        line = [row.implementation, cell(comparison.time_ratio(row))]
         if ours:
-            line.append(with_quartiles(comparison.time_ratio(row, ours)))
-        line.append(number(comparison.memory_ratio(row)))
-        line.append(with_quartiles(row.time, 1000))
-        line.append(number(memory and memory.step, 1 / MIB))
+            line.append(cell(comparison.time_ratio(row, ours)))
+        line.append(cell(comparison.memory_ratio(row)))
+        line.append(cell(_scaled(row.time, 1000)))
+        line.append(cell(memory and memory.step / MIB))
         if whole:
-            line.append(number(memory and memory.total, 1 / MIB))
+            line.append(cell(memory and memory.total / MIB))
         lines.append([*line, row.memory_format, row.backend or ""])
     return _markdown(lines, headers)
 
@@ -59,31 +59,30 @@ def grid_table(
     """
     names = list(dict.fromkeys(r.implementation for c in comparisons for r in c.rows))
     table = [[figure(comparison, name) for name in names] for comparison in comparisons]
-    lines = [[label, *map(number, line)] for label, line in zip(labels, table)]
+    lines = [[label, *map(cell, line)] for label, line in zip(labels, table)]
     if growth:
-        columns = [[x for x in column if x is not None] for column in zip(*table)]
+        columns = [[median(x) for x in column if x is not None] for column in zip(*table)]
         ratios = [max(x) / min(x) if len(x) > 1 and min(x) > 0 else None for x in columns]
-        lines.append(["largest ÷ smallest", *map(number, ratios)])
+        lines.append(["largest ÷ smallest", *map(cell, ratios)])
     return _markdown(lines, [first, *names])
 
 
-def time_ratio(comparison: Comparison, name: str) -> float | None:
-    ratio = comparison.time_ratio(comparison.best(name))
-    return ratio and ratio.median
+def time_ratio(comparison: Comparison, name: str) -> Spread | None:
+    return comparison.time_ratio(comparison.best(name))
 
 
 def memory_ratio(comparison: Comparison, name: str) -> float | None:
     return comparison.memory_ratio(comparison.best(name))
 
 
-def milliseconds(comparison: Comparison, name: str) -> float | None:
+def milliseconds(comparison: Comparison, name: str) -> Spread | None:
     row = comparison.best(name)
-    return None if row is None or row.time is None else 1000 * row.time.median
+    return None if row is None else _scaled(row.time, 1000)
 
 
-def nanoseconds_a_position(comparison: Comparison, name: str) -> float | None:
-    time = milliseconds(comparison, name)
-    return None if time is None else 1e6 * time / positions(comparison)
+def nanoseconds_a_position(comparison: Comparison, name: str) -> Spread | None:
+    row = comparison.best(name)
+    return None if row is None else _scaled(row.time, 1e9 / positions(comparison))
 
 
 def mebibytes(comparison: Comparison, name: str) -> float | None:
@@ -128,19 +127,21 @@ def _row_as_data(comparison: Comparison, row: Row) -> dict[str, Any]:
     }
 
 
-def number(x: float | None, scale: float = 1.0) -> str:
-    """Three digits; a dash for what was not measured."""
+def cell(x: Spread | float | None) -> str:
+    """Three digits, and the quartiles of a spread; a dash for what was not measured."""
     if x is None:
         return NOT_MEASURED
-    x *= scale
+    if isinstance(x, Spread):
+        return f"{cell(x.median)} ({cell(x.lower_quartile)} to {cell(x.upper_quartile)})"
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
-def with_quartiles(x: Spread | None, scale: float = 1.0) -> str:
-    if x is None:
-        return NOT_MEASURED
-    median, lower, upper = (number(v, scale) for v in x[:3])
-    return f"{median} ({lower} to {upper})"
+def median(x: Spread | float) -> float:
+    return x.median if isinstance(x, Spread) else x
+
+
+def _scaled(x: Spread | None, factor: float) -> Spread | None:
+    return None if x is None else Spread(*(factor * value for value in x))
 
 
 def _markdown(lines: list[list], headers: list[str]) -> str:

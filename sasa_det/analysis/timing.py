@@ -75,7 +75,8 @@ def race(
         except Exception as error:  # whatever stops one contestant does not stop the others
             failures[key] = reason(error)
             steps.pop(key, None)
-            free_memory(device)
+        if key in failures:
+            free_memory(device)  # now that the error no longer holds its tensors
     seconds: dict[Key, list[float]] = {key: [] for key in steps}
     for i in range(rounds):
         if i == SLOW_ROUNDS:
@@ -87,6 +88,7 @@ def race(
             except Exception as error:
                 failures[key] = reason(error)
                 del steps[key], seconds[key]
+            if key in failures:
                 free_memory(device)
     return seconds, failures
 
