@@ -68,7 +68,12 @@ def _draw_panel(
             continue
         width = 2.6 if name == OURS else 1.4
         panel.plot(*zip(*points), color=colour, linewidth=width, marker="o", markersize=width + 2)
-        ends.append((points[-1][1], name, len(points) < len(values)))
+        if points[-1][0] == values[-1][0]:
+            ends.append((points[-1][1], name))
+        else:  # it could not run on: named where its line ends
+            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            panel.annotate(name, points[-1], color=colour, **place)
+    panel.margins(y=0.1)
     panel.set_xticks(sorted({abscissa(c) for c in comparisons}))
     panel.minorticks_off()
     panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
@@ -77,19 +82,19 @@ def _draw_panel(
     _label_ends(panel, ends, colours)
 
 
-def _label_ends(panel: Any, ends: list[tuple[float, str, bool]], colours: dict[str, str]) -> None:
+def _label_ends(panel: Any, ends: list[tuple[float, str]], colours: dict[str, str]) -> None:
     """Names right of the lines, moved apart where they would overlap."""
     if not ends:
         return
     ends = sorted(ends)
     to_axes = panel.transData + panel.transAxes.inverted()
-    heights = [to_axes.transform((panel.get_xlim()[1], y))[1] for y, *_ in ends]
+    heights = [to_axes.transform((panel.get_xlim()[1], y))[1] for y, _ in ends]
     gap = 0.062
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    for (_, name, cut_short), height in zip(ends, heights):
+    for (_, name), height in zip(ends, heights):
         panel.annotate(
-            f"{name} (not at all sizes)" if cut_short else name,
+            name,
             (1.02, height),
             xycoords="axes fraction",
             va="center",
