@@ -21,7 +21,7 @@ clean:  ## everything that the other targets made
 
 # detectron2 comes after torch, from a package that has its Python files only: hence the flags. Older
 # pips do not pass them on, newer ones refuse the package's optional dependencies.
-.venv/.ready: requirements.txt setup.py pyproject.toml
+.venv/.ready: requirements.txt setup.py pyproject.toml $(wildcard sasa_det/ops/native/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet pip==25.3 setuptools==80.10.2 wheel==0.48.0
 	$(BIN)/python -m pip install --progress-bar off --requirement requirements.txt

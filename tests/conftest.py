@@ -1,9 +1,12 @@
 """What several tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from sasa_det.ops import available_backends, use_backend
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -19,3 +22,13 @@ def coco_slice() -> Path:
     if not (COCO_SLICE / "coco" / "annotations").is_dir():
         pytest.skip(f"no slice of COCO at {COCO_SLICE}")
     return COCO_SLICE
+
+
+@pytest.fixture(params=["eager", "native"])
+def backend(request) -> Iterator[str]:
+    """Everything within the test is computed by it; Triton has its own tests."""
+    reason = available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param

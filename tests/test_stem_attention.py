@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_det.layers import StemSelfAttention2d
-from sasa_det.ops import stem_attention
+from sasa_det.ops import stem_attention, stem_attention_pooled
 from sasa_det.ops.reference import stem_attention_reference
 
 # N, H, W, C_in, C, heads, mixtures, block
@@ -44,6 +45,56 @@ def test_equals_the_reference_and_so_do_its_gradients(shape, relative):
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+def pooled_by_hand(inputs, heads):
+    """The maximum of each block and the two moments, from the output at full resolution."""
+    output = stem_attention_reference(*inputs, num_heads=heads)
+    block = inputs[4].shape[-1]
+    maximum = F.max_pool2d(output, block, ceil_mode=True)
+    return maximum, output.sum(dim=(0, 2, 3)), output.square().sum(dim=(0, 2, 3))
+
+
+def relative_error(actual, wanted):
+    return (actual.double() - wanted).norm() / wanted.norm()
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "content"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:4], (1, 9, 70, 3, 64, 8, 4, 4)], ids=str)
+def test_pooled_it_is_the_maximum_of_each_block_and_two_moments(shape, dtype, relative, backend):
+    if backend == "native" and dtype == torch.float64:
+        pytest.skip("the native backend computes in float32 and bfloat16")
+    inputs, heads = make_inputs(shape, dtype, relative=relative)
+    inputs[0].requires_grad_(False)
+    leaves = [x for x in inputs[1:] if x is not None]
+    exact = [x if x is None else x.detach().double() for x in inputs]
+    exact_leaves = [x.requires_grad_() for x in exact[1:] if x is not None]
+    outputs = stem_attention_pooled(*inputs, num_heads=heads)
+    wanted = pooled_by_hand(exact, heads)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert all(relative_error(a, w) <= bound for a, w in zip(outputs, wanted))
+    # Linear and quadratic in the outputs, so that all three are seen in the gradients.
+    weights = [torch.randn_like(w) for w in wanted]
+    loss = sum((x.double() * w).sum() for x, w in zip(outputs, weights))
+    exact_loss = sum((x * w).sum() for x, w in zip(wanted, weights))
+    grads = torch.autograd.grad(loss, leaves)
+    exact_grads = torch.autograd.grad(exact_loss, exact_leaves)
+    # A single position attends to itself alone: what weighs nothing has a gradient of zero.
+    largest = max(w.norm() for w in exact_grads)
+    for actual, exact_grad in zip(grads, exact_grads):
+        error = (actual.double() - exact_grad).norm()
+        assert error <= bound * max(exact_grad.norm(), 1e-2 * largest)
+
+
+def test_pooled_opcheck_and_errors(backend):
+    inputs, heads = make_inputs(SHAPES[1], torch.float32)
+    with pytest.raises(ValueError, match="computes no gradient of the image"):
+        stem_attention_pooled(*inputs, num_heads=heads)
+    image = inputs[0].detach()
+    torch.library.opcheck(
+        torch.ops.sasa_det.stem_attention_pooled.default, (image, *inputs[1:], heads)
+    )
 
 
 def test_an_image_that_needs_no_gradient_gets_none():

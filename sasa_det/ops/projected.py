@@ -34,7 +34,9 @@ def projected_attention(
         Tensor[N, C, H, W].
     """
     tensors = cast_for_autocast(x, weight, rel_rows, rel_cols)
-    if torch.is_grad_enabled():
+    # A trace or an exported program is to show the two operators, not a node that hides them.
+    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if torch.is_grad_enabled() and not recorded:
         return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
     x, weight, rel_rows, rel_cols = tensors
     query, key, value = F.conv2d(x, weight).chunk(3, dim=1)

@@ -1,0 +1,178 @@
+"""Every backend computes the same; one is chosen automatically or by name, and says why not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ROOT
+from test_local_attention import SHAPES, make_inputs
+
+import sasa_det.ops
+from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
+from sasa_det.ops.native import library
+
+# Beside those of the operator's tests: maps whose rows share a vector two, four and eight at a
+# time, whole and with a rest, and heads of 8, 12 and 32 channels.
+LARGER = [
+    (1, 64, 40, 40, 8, 7),
+    (2, 64, 20, 20, 2, 7),
+    (1, 16, 11, 10, 2, 7),
+    (1, 24, 37, 33, 2, 9),
+    (1, 8, 9, 50, 1, 13),
+]
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def gradients(inputs, options, grad_output):
+    leaves = [x.detach().requires_grad_() for x in inputs if x is not None]
+    output = local_attention(*leaves, *inputs[len(leaves) :], **options)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))]
+
+
+def assert_equal_to_float64(inputs, options, dtype):
+    """Output and gradients, in relative norm; float64 itself is compared with the reference."""
+    grad_output = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    grad_output = grad_output.to(dtype)
+    actual = gradients(inputs, options, grad_output)
+    with use_backend("eager"):
+        exact = [x if x is None else x.double() for x in inputs]
+        wanted = gradients(exact, options, grad_output.double())
+    for a, w in zip(actual, wanted):
+        assert a.dtype == dtype
+        # Where offsets leave the map from everywhere, the embeddings' gradient is zero.
+        assert (a.double() - w).norm() <= BOUNDS[dtype] * max(w.norm(), wanted[0].norm())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "content"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LARGER, ids=str)
+def test_every_backend_is_close_to_float64(shape, dtype, relative, layout, backend):
+    inputs, options = make_inputs(shape, dtype, relative=relative)
+    inputs[:3] = [x.to(memory_format=layout) for x in inputs[:3]]
+    assert_equal_to_float64(inputs, options, dtype)
+
+
+@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
+def test_every_instruction_set_computes_the_same(name, monkeypatch):
+    level = library.INSTRUCTION_SETS.index(name)
+    if available_backends()["native"] is not None or level > library.instruction_set():
+        pytest.skip(f"this machine cannot run {name}")
+    monkeypatch.setattr(library, "instruction_set", lambda: level)
+    with use_backend("native"):
+        for shape in SHAPES + LARGER:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                inputs, options = make_inputs(shape, torch.float32)
+                inputs[:3] = [x.to(memory_format=layout) for x in inputs[:3]]
+                assert_equal_to_float64(inputs, options, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], LARGER[0]], ids=str)
+def test_logits_of_ten_thousand_make_no_nan(shape, backend):
+    inputs, options = make_inputs(shape, torch.float32)
+    query, key, *others = inputs
+    largest = (query.abs().sum(dim=1) * key.abs().max()).max()
+    scale = (1e4 / largest).sqrt() * 10
+    for result in gradients([query * scale, key * scale, *others], options, inputs[0]):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], LARGER[0]], ids=str)
+def test_two_runs_are_the_same_to_the_bit(shape, backend):
+    inputs, options = make_inputs(shape, torch.float32)
+    for first, second in zip(*(gradients(inputs, options, inputs[0]) for _ in range(2))):
+        assert torch.equal(first, second)
+
+
+def test_bands_of_one_head_add_up_to_the_whole(monkeypatch):
+    inputs, options = make_inputs((1, 8, 64, 24, 1, 5), torch.float32)
+    with use_backend("native"):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        whole = gradients(inputs, options, inputs[0])
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        for actual, wanted in zip(gradients(inputs, options, inputs[0]), whole):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_several_threads_may_call_at_once(backend):
+    cases = [make_inputs(shape, torch.float32, seed=i) for i, shape in enumerate(SHAPES[:4] * 4)]
+    wanted = [local_attention(*inputs, **options) for inputs, options in cases]
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda case: local_attention(*case[0], **case[1]), cases)
+        assert all(torch.equal(a, w) for a, w in zip(results, wanted))
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "content"])
+def test_projecting_anew_changes_no_gradient(relative, backend):
+    (x, *_, rows, cols), options = make_inputs(
+        (2, 8, 9, 14, 2, 5), torch.float32, relative=relative
+    )
+    weight = torch.randn(24, 8, 1, 1)
+    leaves = [t.requires_grad_() for t in (x, weight, rows, cols) if t is not None]
+
+    def separately(x, weight, *embeddings):
+        maps = torch.nn.functional.conv2d(x, weight).chunk(3, dim=1)
+        return local_attention(*maps, *(embeddings or (None, None)), **options)
+
+    output = projected_attention(x, weight, rows, cols, **options)
+    expected = separately(*leaves)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    grad = torch.randn_like(output)
+    for actual, wanted in zip(
+        torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Choosing.
+
+
+def test_the_eager_backend_is_everywhere():
+    assert available_backends()["eager"] is None
+
+
+def test_a_forced_backend_that_cannot_serve_says_why():
+    inputs, options = make_inputs(SHAPES[0])
+    message = r"'native' was asked for but does not serve this call of local_attention: .*float64"
+    with use_backend("native"), pytest.raises(RuntimeError, match=message):
+        local_attention(*inputs, **options)
+    local_attention(*inputs, **options)  # automatically, another one does
+
+
+def test_a_backend_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(ValueError, match=r"no backend 'cudnn'; choose one of .*'eager'"):
+        use_backend("cudnn").__enter__()
+
+
+def run_python(code, path=ROOT, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=path, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+CALL = """
+import torch
+from sasa_det.ops import local_attention
+x = torch.ones(1, 4, 5, 5)
+print(local_attention(x, x, x, None, None, num_heads=1, kernel_size=3).sum().item())
+local_attention(x, x, x, None, None, num_heads=1, kernel_size=3)
+"""
+
+
+def test_the_environment_variable_names_a_backend():
+    assert run_python(CALL, SASA_DET_BACKEND="eager").stdout == "100.0\n"
+    run = run_python(CALL, SASA_DET_BACKEND="none")
+    assert "There is no backend 'none'" in run.stderr
+
+
+def test_without_compiled_kernels_it_works_and_says_so_once(tmp_path):
+    package = os.path.dirname(os.path.dirname(sasa_det.ops.__file__))
+    shutil.copytree(package, tmp_path / "sasa_det", ignore=shutil.ignore_patterns("*.so"))
+    run = run_python(CALL, tmp_path, PYTHONPATH=str(tmp_path))
+    assert run.stdout == "100.0\n"
+    assert run.stderr.count("attention runs on the slower eager path") == 1
