@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import sasa_det
 
@@ -19,7 +20,12 @@ from detectron2.utils.events import EventStorage
 from sasa_det.config import load_config
 from sasa_det.engine import Trainer
 from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
-from sasa_det.modeling import AttentionBottleneckBlock, AttentionStem, make_sasa_resnet
+from sasa_det.modeling import (
+    AttentionBottleneckBlock,
+    AttentionStem,
+    fold_batch_norm,
+    make_sasa_resnet,
+)
 
 DETECTORS = sorted(path.stem for path in CONFIGS.glob("retinanet_*.yaml"))
 
@@ -235,3 +241,23 @@ def test_a_config_without_our_keys_says_which_call_is_missing():
 def test_what_cannot_be_built_is_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         build_model(small("retinanet_full_attn", "MODEL.SASA.NUM_HEADS", "4", *overrides))
+
+
+@pytest.mark.parametrize("config", ["retinanet_conv", "retinanet_full_attn"])
+def test_folding_batch_norm_changes_no_prediction(config):
+    model = build_model(small(config, "MODEL.SASA.NUM_HEADS", "4"))
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    model.eval()
+    folded = fold_batch_norm(model)
+    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    assert len(norms) == (1 if config == "retinanet_full_attn" else 0)  # the attention stem's
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        features, wanted = folded.backbone(images), model.backbone(images)
+    for name, feature in features.items():
+        assert (feature - wanted[name]).norm() <= 1e-4 * wanted[name].norm()

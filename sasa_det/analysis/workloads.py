@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.modeling import fold_batch_norm
 from sasa_det.ops import available_backends, use_backend
 from sasa_det.ops.backends import choose
 from sasa_det.ops.calls import AttentionCall
@@ -162,8 +163,9 @@ def model_contestants(
         memory_format: str,
         peer: str | None = None,
         backend: str | None = None,
+        folded: bool = False,
     ) -> Contestant:
-        arguments = (config, image_size, setting, memory_format, training, peer, backend)
+        arguments = (config, image_size, setting, memory_format, training, peer, backend, folded)
         return Contestant(label, memory_format, partial(build_detector, *arguments), backend)
 
     contestants = [
@@ -171,6 +173,11 @@ def model_contestants(
         for name, config in configs.items()
         for memory_format in MEMORY_FORMATS
     ]
+    if not training:
+        contestants += [
+            contestant(f"{name}, norms folded", config, "channels_last", folded=True)
+            for name, config in configs.items()
+        ]
     name, config = list(configs.items())[-1]
     _, others = serving_backends(LayerShape(256, 256, 80, 80), setting, "contiguous")
     for backend in others:
@@ -228,11 +235,14 @@ def build_detector(
     training: bool,
     peer: str | None = None,
     backend: str | None = None,
+    folded: bool = False,
 ) -> Steps:
     """Inference from images to boxes, or a training step of SGD with momentum."""
     model = build_model(_on_cpu(config))
     if peer is not None:
         _replace_attention(model, peer)
+    if folded:
+        model = fold_batch_norm(model)
     model.to(device=setting.device, memory_format=MEMORY_FORMATS[memory_format])
     model.train(training)
     # What is learned does not matter here, but the weights must stay finite.

@@ -58,6 +58,7 @@ class LocalSelfAttention2d(nn.Module):
             self.rel_cols,
             num_heads=self.num_heads,
             kernel_size=self.kernel_size,
+            bias=self.projection.bias,
         )
 
     def attention_weights(self, x: Tensor) -> Tensor:

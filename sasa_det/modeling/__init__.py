@@ -11,6 +11,7 @@ from .backbone import (
 )
 from .blocks import AttentionBottleneckBlock, AttentionStem
 from .fpn import AttentionFPN
+from .inference import fold_batch_norm
 from .retinanet import AttentionRetinaNetHead, SASARetinaNet
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "build_retinanet_sasa_resnet_fpn_backbone",
     "build_sasa_resnet_backbone",
     "build_sasa_resnet_fpn_backbone",
+    "fold_batch_norm",
     "make_sasa_resnet",
 ]

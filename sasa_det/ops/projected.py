@@ -18,6 +18,7 @@ def projected_attention(
     *,
     num_heads: int,
     kernel_size: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`local_attention` of queries, keys and values projected from ``x``.
 
@@ -29,17 +30,18 @@ def projected_attention(
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
         weight (Tensor[3 * C, C_in, 1, 1]): the rows of queries, keys and values, one after another.
         rel_rows, rel_cols, num_heads, kernel_size: as in :func:`local_attention`.
+        bias (Tensor[3 * C] or None): of the projections. With one, all is kept for the backward.
 
     Returns:
         Tensor[N, C, H, W].
     """
-    tensors = cast_for_autocast(x, weight, rel_rows, rel_cols)
+    tensors = cast_for_autocast(x, weight, rel_rows, rel_cols, bias)
     # A trace or an exported program is to show the two operators, not a node that hides them.
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if torch.is_grad_enabled() and not recorded:
-        return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
-    x, weight, rel_rows, rel_cols = tensors
-    query, key, value = F.conv2d(x, weight).chunk(3, dim=1)
+    if torch.is_grad_enabled() and not recorded and bias is None:
+        return _ProjectedAttention.apply(*tensors[:4], num_heads, kernel_size)
+    x, weight, rel_rows, rel_cols, bias = tensors
+    query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
     return local_attention(
         query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
     )

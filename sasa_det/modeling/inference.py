@@ -1,0 +1,55 @@
+"""What makes a trained detector faster, and no different."""
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .blocks import AttentionBottleneckBlock
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def fold_batch_norm(model: Model) -> Model:
+    """A copy for inference, its batch norms folded into the weights before them.
+
+    That is detectron2's convolutions with their norm, in any of its models, and the norm behind the
+    attention of a bottleneck: the weights of a softmax sum to one, so what scales and shifts the
+    values scales and shifts the output. The attention stem needs no folding.
+
+    Args:
+        model (nn.Module): stays as it is.
+
+    Returns:
+        nn.Module: in evaluation mode, its parameters without gradient.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Conv2d) and isinstance(module.norm, _BATCH_NORMS):
+            module.weight, module.bias = _fold(module.weight, module.bias, module.norm)
+            module.norm = None
+        elif isinstance(module, AttentionBottleneckBlock) and isinstance(
+            module.attention_norm, _BATCH_NORMS
+        ):
+            projection = module.attention.projection
+            channels = module.attention.out_channels
+            value = projection.weight[-channels:]
+            value, value_bias = _fold(value, None, module.attention_norm)
+            projection.weight[-channels:] = value
+            bias = torch.cat([torch.zeros(2 * channels, device=value.device), value_bias])
+            projection.bias = nn.Parameter(bias, requires_grad=False)
+            module.attention_norm = nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def _fold(weight: torch.Tensor, bias: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    folded = fuse_conv_bn_weights(
+        weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return tuple(x.requires_grad_(False) for x in folded)  # type: ignore[return-value]
