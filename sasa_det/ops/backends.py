@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from . import eager, eager_pooled_stem, eager_stem
 from .calls import AttentionCall, StemCall
+from .triton import attention as triton_attention
+from .triton.launch import unavailable as triton_unavailable
 
 
 class Implementation(Protocol):
@@ -28,11 +30,11 @@ class Implementation(Protocol):
 
 # Fastest first; eager serves every call.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    "local_attention": {"eager": eager},
+    "local_attention": {"triton": triton_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {"eager": eager_pooled_stem},
 }
-_UNAVAILABLE = {"eager": lambda: None}
+_UNAVAILABLE = {"triton": triton_unavailable, "eager": lambda: None}
 
 # One for the process, not one a thread: autograd runs the backward of CUDA in a thread of its own.
 _forced: str | None = None
