@@ -8,11 +8,18 @@ import pytest
 import torch
 from conftest import ROOT
 from test_local_attention import make_inputs
+from test_stem_attention import make_inputs as make_stem_inputs
 
-from sasa_det.ops import available_backends, local_attention, use_backend
-from sasa_det.ops.calls import AttentionCall
-from sasa_det.ops.reference import local_attention_reference
-from sasa_det.ops.triton import attention
+from sasa_det.ops import (
+    available_backends,
+    local_attention,
+    stem_attention_pooled,
+    use_backend,
+)
+from sasa_det.ops.calls import AttentionCall, StemCall
+from sasa_det.ops.eager_stem import Stem
+from sasa_det.ops.reference import local_attention_reference, stem_attention_reference
+from sasa_det.ops.triton import attention, stem
 from sasa_det.ops.triton.launch import interpreted
 
 UNAVAILABLE = available_backends()["triton"]
@@ -159,6 +166,66 @@ def test_empty_batches():
         assert not grad.any()
 
 
+# N, H, W, C_in, C, heads, mixtures, block
+STEM_SHAPES = [
+    (2, 8, 22, 3, 16, 2, 4, 4),  # six blocks across, four of which are a program's
+    (1, 5, 6, 3, 8, 2, 4, 4),  # blocks reach over both borders
+    (2, 1, 1, 3, 4, 1, 2, 4),
+    (1, 6, 4, 1, 4, 2, 3, 2),
+    (1, 6, 7, 2, 12, 1, 2, 3),
+]
+
+
+def pooled_reference(*inputs, num_heads):
+    output = stem_attention_reference(*inputs, num_heads=num_heads)
+    block = inputs[4].shape[-1]
+    maximum = torch.nn.functional.max_pool2d(output, block, ceil_mode=True)
+    return maximum, output.sum(dim=(0, 2, 3)), output.square().sum(dim=(0, 2, 3))
+
+
+def check_pooled(shape, dtype, *, relative=True, change=lambda image: image):
+    inputs, heads = make_stem_inputs(shape, dtype, relative=relative, requires_grad=False)
+    (image, *inputs), leaves = on_device(inputs)
+    exact, exact_leaves = on_device([x if x is None else x.double() for x in (image, *inputs)])
+    outputs = stem_attention_pooled(change(image.detach()), *inputs, num_heads=heads)
+    expected = pooled_reference(*exact, num_heads=heads)
+    grads_in = [torch.randn_like(x) for x in outputs]
+    grads = torch.autograd.grad(outputs, leaves[1:], grads_in)
+    exact_grads_in = [x.double() for x in grads_in]
+    expected_grads = torch.autograd.grad(expected, exact_leaves[1:], exact_grads_in)
+    for actual, wanted in zip((*outputs, *grads), (*expected, *expected_grads)):
+        error = (actual.double() - wanted).norm()
+        assert error <= TOLERANCE[dtype] * wanted.norm().clamp_min(1.0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", STEM_SHAPES, ids=str)
+def test_pooled_stem_equals_the_reference_and_so_do_its_gradients(shape, dtype):
+    check_pooled(shape, dtype)
+
+
+@pytest.mark.usefixtures("backend")
+def test_pooled_stem_by_content_only_and_with_channels_last():
+    def channels_last(image):
+        return image.to(memory_format=torch.channels_last)
+
+    check_pooled(STEM_SHAPES[1], torch.float32, relative=False, change=channels_last)
+
+
+@pytest.mark.usefixtures("backend")
+def test_pooled_stem_of_an_empty_batch():
+    inputs, heads = make_stem_inputs(STEM_SHAPES[1], torch.float32, requires_grad=False)
+    (image, *inputs), leaves = on_device(inputs)
+    maximum, total, square_total = stem_attention_pooled(
+        image.detach()[:0], *inputs, num_heads=heads
+    )
+    assert maximum.shape == (0, 8, 2, 2)
+    assert not total.any()
+    grads = torch.autograd.grad(maximum.sum() + square_total.sum(), leaves[1:])
+    assert not any(x.any() for x in grads)
+
+
 def test_what_is_refused_is_named():
     inputs, options = make_inputs((1, 8, 4, 4, 2, 19), torch.float32)
     call = AttentionCall(*(x.to("meta") for x in inputs), **options)
@@ -236,24 +303,55 @@ def attention_launches(dtype, layout, head_dim, kernel_size, relative=True):
     ]
 
 
+def stem_launches(dtype, in_channels=3):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, channels, embeddings = 8, 64, empty(8, 7, 4)
+    call = StemCall(
+        empty(2, in_channels, 64, 96),
+        empty(channels, in_channels),
+        empty(channels, in_channels),
+        empty(4, channels, in_channels),
+        empty(4, 4, 4),
+        embeddings,
+        embeddings,
+        heads,
+    )
+    parameters, maximum = Stem(call), empty(2, channels, 16, 24)
+    partial_sums = stem.new_partial_sums(call, 1)
+    sums = empty(channels, dtype=torch.float32)
+    return [
+        stem.forward_launch(call, parameters, maximum, partial_sums),
+        stem.backward_launch(call, parameters, (maximum, sums, sums), [partial_sums] * 3),
+    ]
+
+
+COMPILED = [
+    (torch.bfloat16, torch.channels_last, 32, 7, True),
+    (torch.float16, torch.contiguous_format, 32, 7, True),
+    (torch.float32, torch.contiguous_format, 32, 7, True),
+    (torch.bfloat16, torch.contiguous_format, 64, 11, True),
+    (torch.float16, torch.channels_last, 2, 3, True),
+    (torch.bfloat16, torch.channels_last, 6, 1, False),
+    (torch.bfloat16, torch.channels_last, 16, 17, True),
+]
+
+
+# The interpreter accepts what the compiler does not.
 @pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
-@pytest.mark.parametrize(
-    ("dtype", "layout", "head_dim", "kernel_size", "relative"),
-    [
-        (torch.bfloat16, torch.channels_last, 32, 7, True),
-        (torch.float16, torch.contiguous_format, 32, 7, True),
-        (torch.float32, torch.contiguous_format, 32, 7, True),
-        (torch.bfloat16, torch.contiguous_format, 64, 11, True),
-        (torch.float16, torch.channels_last, 2, 3, True),
-        (torch.bfloat16, torch.channels_last, 6, 1, False),
-        (torch.bfloat16, torch.channels_last, 16, 17, True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "layout", "head_dim", "kernel_size", "relative"), COMPILED)
 def test_compiles_for_a_gpu(dtype, layout, head_dim, kernel_size, relative):
-    # The interpreter accepts what the compiler does not.
     pytest.importorskip("triton")
     for launch in attention_launches(dtype, layout, head_dim, kernel_size, relative):
         kernel = compile_for_hopper(launch)
         assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32)
         assert kernel.metadata.shared < 48 * 1024  # what every GPU has
+
+
+@pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
+@pytest.mark.parametrize(("dtype", "in_channels"), [(torch.bfloat16, 3), (torch.float32, 1)])
+def test_pooled_stem_compiles_for_a_gpu(dtype, in_channels):
+    pytest.importorskip("triton")
+    for launch in stem_launches(dtype, in_channels):
+        assert compile_for_hopper(launch).metadata.shared < 48 * 1024

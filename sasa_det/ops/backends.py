@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from . import eager, eager_pooled_stem, eager_stem
 from .calls import AttentionCall, StemCall
 from .triton import attention as triton_attention
+from .triton import stem as triton_stem
 from .triton.launch import unavailable as triton_unavailable
 
 
@@ -32,7 +33,7 @@ class Implementation(Protocol):
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
-    "stem_attention_pooled": {"eager": eager_pooled_stem},
+    "stem_attention_pooled": {"triton": triton_stem, "eager": eager_pooled_stem},
 }
 _UNAVAILABLE = {"triton": triton_unavailable, "eager": lambda: None}
 
