@@ -15,6 +15,7 @@ _NOT_COUNTED = (
     *("aten::batch_norm", "aten::group_norm", "aten::sigmoid", "aten::softmax"),
     *("aten::max_pool2d", "aten::avg_pool2d", "aten::adaptive_avg_pool2d"),
     *("aten::upsample_nearest2d", "aten::add", "aten::add_", "aten::div_", "aten::mul"),
+    *("aten::abs", "aten::lt", "aten::where"),
 )
 
 
@@ -114,7 +115,11 @@ def flop_handles(*, dense: bool) -> dict[str, Handle]:
         flops = stem_attention_flops(image, query_weight, mixture, relative=relative, dense=dense)
         return flops // 2
 
-    return {"sasa_det::local_attention": local, "sasa_det::stem_attention": stem}
+    return {
+        "sasa_det::local_attention": local,
+        "sasa_det::stem_attention": stem,
+        "sasa_det::stem_attention_pooled": stem,
+    }
 
 
 def _count(network: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sasa_det.ops import local_attention, local_attention_weights
+from sasa_det.ops import local_attention_weights, projected_attention
 from sasa_det.ops.checks import check_heads, check_kernel_size
 
 EMBEDDING_STD = 0.1
@@ -51,11 +51,9 @@ class LocalSelfAttention2d(nn.Module):
         init_projection(self.projection.weight, out_channels, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.projection(x).chunk(3, dim=1)
-        return local_attention(
-            query,
-            key,
-            value,
+        return projected_attention(
+            x,
+            self.projection.weight,
             self.rel_rows,
             self.rel_cols,
             num_heads=self.num_heads,

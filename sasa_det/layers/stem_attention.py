@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sasa_det.ops import stem_attention
+from sasa_det.ops import stem_attention, stem_attention_pooled
 from sasa_det.ops.checks import check_heads
 
 from .local_attention import init_projection, make_embeddings
@@ -70,6 +70,25 @@ class StemSelfAttention2d(nn.Module):
             query_weight,
             key_weight,
             self.value_weights,
+            self.mixture(),
+            self.rel_rows,
+            self.rel_cols,
+            num_heads=self.num_heads,
+        )
+
+    def pooled(self, x: Tensor, channel_sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`sasa_det.ops.stem_attention_pooled`.
+
+        Args:
+            x (Tensor[N, in_channels, H, W]): needs no gradient.
+            channel_sign (Tensor[out_channels]): 1, or -1 for channels that are to be negated.
+        """
+        query_weight, key_weight = self.query_key_weight.chunk(2)
+        return stem_attention_pooled(
+            x,
+            query_weight,
+            key_weight,
+            self.value_weights * channel_sign[:, None],
             self.mixture(),
             self.rel_rows,
             self.rel_cols,

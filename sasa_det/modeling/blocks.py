@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
 
+from .norm import batch_norm_of_maximum, channel_sign, is_batch_norm
+
 
 class AttentionStem(CNNBlockBase):
     """The attention stem of arXiv 1906.05909, section 3.3: stride 4, as the convolutional one.
@@ -35,6 +37,11 @@ class AttentionStem(CNNBlockBase):
         self.norm = get_norm(norm, out_channels) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_batch_norm(self.norm) and not x.requires_grad:
+            # At full resolution the attention's output would be the detector's largest tensor.
+            pooled = self.attention.pooled(x, channel_sign(self.norm))
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            return F.relu_(batch_norm_of_maximum(self.norm, *pooled, count))
         # Not in place: without a norm this is what the attention keeps for its backward.
         x = F.relu(self.norm(self.attention(x)))
         # ceil_mode: a block clipped by the border still is one position of the output.

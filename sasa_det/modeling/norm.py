@@ -1,7 +1,13 @@
-"""The norm in front of an attention layer of the FPN and of the head."""
+"""Norms around attention: the one in front of it, and batch norm of the pooled stem."""
 
-from detectron2.layers import get_norm
-from torch import nn
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, get_norm
+from detectron2.utils.comm import get_world_size
+from fvcore.nn.distributed import differentiable_all_reduce
+from torch import Tensor, nn
 
 
 def attention_norm(norm: str, channels: int) -> nn.Module:
@@ -18,3 +24,59 @@ def attention_norm(norm: str, channels: int) -> nn.Module:
             f"Group norm needs a multiple of 32 channels, but MODEL.FPN.OUT_CHANNELS is {channels}."
         )
     return get_norm(norm, channels)
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether :func:`batch_norm_of_maximum` can stand for it."""
+    # Exactly these: detectron2's NaiveSyncBatchNorm, a subclass, averages in its own way.
+    return type(norm) in (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+def batch_norm_of_maximum(
+    norm: Any, maximum: Tensor, total: Tensor, square_total: Tensor, count: int
+) -> Tensor:
+    """The maximum of what batch norm makes of a map, from the maximum of the map.
+
+    A norm with a negative weight turns a maximum into a minimum: such channels must come negated.
+
+    Args:
+        norm (nn.Module): batch norm or frozen batch norm; running statistics are updated as it
+            would do.
+        maximum (Tensor[N, C, H', W']): pooled in some way.
+        total, square_total (Tensor[C]): the sum of the map and of its squares, float32 or float64.
+        count (int): positions of the map that were summed.
+    """
+    sign = channel_sign(norm)
+    weight = None if norm.weight is None else norm.weight.abs()
+    if not norm.training or isinstance(norm, FrozenBatchNorm2d):
+        mean = sign * norm.running_mean
+        return F.batch_norm(maximum, mean, norm.running_var, weight, norm.bias, eps=norm.eps)
+    moments = torch.cat([total, square_total, total.new_tensor([count])])
+    if isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1:
+        moments = differentiable_all_reduce(moments)
+    total, square_total, positions = moments.split([len(total), len(total), 1])
+    mean = total / positions
+    variance = (square_total / positions - mean.square()).clamp(min=0)
+    _update_running_statistics(norm, sign * mean, variance * positions / (positions - 1).clamp(1))
+    scale = (variance + norm.eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    result = maximum * scale[:, None, None] + shift[:, None, None]
+    return result.to(maximum.dtype)
+
+
+def channel_sign(norm: Any) -> Tensor:
+    """-1 for the channels in which a norm turns a maximum into a minimum, 1 for all others."""
+    if norm.weight is None:
+        return torch.ones_like(norm.running_mean)
+    return torch.where(norm.weight.detach() < 0, -1.0, 1.0)
+
+
+@torch.no_grad()
+def _update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    norm.num_batches_tracked += 1
+    momentum = norm.momentum
+    if momentum is None:  # a plain average over all batches
+        momentum = 1.0 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)

@@ -7,11 +7,13 @@ from .functional import (
     stem_attention,
     stem_attention_pooled,
 )
+from .projected import projected_attention
 
 __all__ = [
     "available_backends",
     "local_attention",
     "local_attention_weights",
+    "projected_attention",
     "stem_attention",
     "stem_attention_pooled",
     "use_backend",

@@ -5,15 +5,16 @@ the environment variable ``SASA_DET_BACKEND`` name one that must serve every cal
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from . import eager, eager_pooled_stem, eager_stem
+from . import eager, eager_pooled_stem, eager_stem, native, triton
 from .calls import AttentionCall, StemCall
+from .native import attention as native_attention
+from .native import stem as native_stem
 from .triton import attention as triton_attention
 from .triton import stem as triton_stem
-from .triton.launch import unavailable as triton_unavailable
 
 
 class Implementation(Protocol):
@@ -25,17 +26,25 @@ class Implementation(Protocol):
     def forward(self, call: Any, /) -> Any:
         """What the operator returns."""
 
-    def backward(self, call: Any, /, *saved_and_grads: Any) -> list:
+    def backward(self, call: Any, /, *grads_and_saved: Any) -> list:
         """What the operator's backward returns."""
 
 
 # Fastest first; eager serves every call.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    "local_attention": {"triton": triton_attention, "eager": eager},
+    "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
-    "stem_attention_pooled": {"triton": triton_stem, "eager": eager_pooled_stem},
+    "stem_attention_pooled": {
+        "triton": triton_stem,
+        "native": native_stem,
+        "eager": eager_pooled_stem,
+    },
 }
-_UNAVAILABLE = {"triton": triton_unavailable, "eager": lambda: None}
+_UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "triton": triton.unavailable,
+    "native": native.unavailable,
+    "eager": lambda: None,
+}
 
 # One for the process, not one a thread: autograd runs the backward of CUDA in a thread of its own.
 _forced: str | None = None

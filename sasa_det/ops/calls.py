@@ -34,3 +34,16 @@ class StemCall(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision is computed in float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def empty_gradient(call: AttentionCall, dtype: torch.dtype | None = None) -> Tensor:
+    """For the gradients of query, key and value: (N, 3 * C, H, W) in the query's memory format."""
+    query = call.query
+    n, channels, height, width = query.shape
+    channels_last = query.stride(1) == 1 and channels > 1
+    return torch.empty(
+        (n, 3 * channels, height, width),
+        dtype=dtype or query.dtype,
+        device=query.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls import AttentionCall, compute_dtype
+from .calls import AttentionCall, compute_dtype, empty_gradient
 from .eager_dense import DenseAttention
 from .eager_shifted import ShiftedAttention
 
@@ -24,17 +24,22 @@ def refuses(call: AttentionCall) -> None:
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output, logsumexp = _attention(call).forward()
-    return _like(output, call.query), logsumexp
+    result = torch.empty_like(call.query)
+    return result.copy_(output.flatten(1, 2)), logsumexp
 
 
 def backward(
-    call: AttentionCall, grad_output: Tensor, output: Tensor, logsumexp: Tensor
+    call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
 ) -> list[Tensor]:
+    if output is None:
+        output, _ = forward(call)
     grads = _attention(call).backward(
         _by_head(grad_output, call.num_heads), _by_head(output, call.num_heads), logsumexp
     )
-    maps = [_like(grad, x) for grad, x in zip(grads[:3], call[:3])]
-    return maps + [grad.to(call.query.dtype) for grad in grads[3:]]
+    maps = empty_gradient(call)
+    for grad, x in zip(grads[:3], maps.chunk(3, dim=1)):
+        x.copy_(grad.flatten(1, 2))
+    return [maps, *(grad.to(call.query.dtype) for grad in grads[3:])]
 
 
 def weights(call: AttentionCall) -> Tensor:
@@ -64,8 +69,3 @@ def _by_head(x: Tensor, num_heads: int) -> Tensor:
     n, channels, height, width = x.shape
     x = x.to(compute_dtype(x.dtype)).contiguous()
     return x.view(n, num_heads, channels // num_heads, height, width)
-
-
-def _like(x: Tensor, like: Tensor) -> Tensor:
-    """(N, heads, head_dim, H, W) written back in the shape, dtype and strides of ``like``."""
-    return torch.empty_like(like).copy_(x.flatten(1, 2))

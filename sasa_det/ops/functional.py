@@ -58,9 +58,7 @@ def local_attention(
         >>> local_attention(q, k, v, rel_rows, rel_cols, num_heads=8, kernel_size=7).shape
         torch.Size([2, 64, 20, 30])
     """
-    query, key, value, rel_rows, rel_cols = _cast_for_autocast(
-        query, key, value, rel_rows, rel_cols
-    )
+    query, key, value, rel_rows, rel_cols = cast_for_autocast(query, key, value, rel_rows, rel_cols)
     _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
     check_tensor("value", value, query.shape, like=query)
     output, _ = registration.local_attention_op(
@@ -87,7 +85,7 @@ def local_attention_weights(
         Tensor[N, num_heads, kernel_size ** 2, H, W]: float32 (float64 for float64 queries); the
         window row by row from its top left; zero where it leaves the map. Not differentiable.
     """
-    query, key, rel_rows, rel_cols = _cast_for_autocast(query, key, rel_rows, rel_cols)
+    query, key, rel_rows, rel_cols = cast_for_autocast(query, key, rel_rows, rel_cols)
     _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
     with torch.no_grad():
         return eager.weights(
@@ -179,7 +177,7 @@ def stem_attention_pooled(
 
 def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     """The arguments cast for autocast, and checked."""
-    call = StemCall(*(*_cast_for_autocast(*tensors), num_heads))
+    call = StemCall(*(*cast_for_autocast(*tensors), num_heads))
     check_map("image", call.image)
     in_channels, out_channels = call.image.shape[1], call.query_weight.shape[0]
     head_dim = check_heads(out_channels, num_heads)
@@ -197,7 +195,7 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     return call
 
 
-def _cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
+def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
     device_type = first.device.type
     available = torch.amp.is_autocast_available(device_type)

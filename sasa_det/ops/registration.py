@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
 from .backends import choose
-from .calls import AttentionCall, StemCall, compute_dtype
+from .calls import AttentionCall, StemCall, compute_dtype, empty_gradient
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
 _ATTENTION = (
@@ -39,12 +39,16 @@ def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 @custom_op(
     "sasa_det::local_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor output, Tensor logsumexp, {_ATTENTION}) -> Tensor[]",
+    schema=f"(Tensor grad_output, Tensor? output, Tensor logsumexp, {_ATTENTION}) -> Tensor[]",
 )
 def local_attention_backward_op(
-    grad_output: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any
+    grad_output: Tensor, output: Tensor | None, logsumexp: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    """Gradients of query, key, value and, unless they are None, of the two embeddings."""
+    """Gradients of query, key and value in one tensor, and of the embeddings unless they are None.
+
+    The three are as the output of one projection is, (N, 3 * C, H, W). The output saves backends
+    other than the native one some work, where it is given.
+    """
     call = AttentionCall(*arguments)
     return choose("local_attention", call).backward(call, grad_output, output, logsumexp)
 
@@ -103,7 +107,8 @@ def _(*arguments):
 
 @local_attention_backward_op.register_fake
 def _(grad_output, output, logsumexp, *arguments):
-    return [torch.empty_like(x) for x in arguments[:5] if x is not None]
+    call = AttentionCall(*arguments)
+    return [empty_gradient(call), *_contiguous_gradients(arguments[3:5])]
 
 
 @stem_attention_op.register_fake
@@ -149,7 +154,8 @@ def _local_attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple
     grads = local_attention_backward_op(
         grad_output, output, logsumexp, *tensors, ctx.num_heads, ctx.kernel_size
     )
-    return *_align(grads, tensors), None, None
+    maps = grads[0].chunk(3, dim=1)
+    return *_align([*maps, *grads[1:]], tensors), None, None
 
 
 def _stem_setup(ctx: Any, inputs: tuple, output: Any) -> None:

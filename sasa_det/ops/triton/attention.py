@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall
+from ..calls import AttentionCall, empty_gradient
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 
 # Programs that each sum the gradients of the embeddings over some tiles: enough to keep a GPU busy
@@ -56,9 +56,12 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: AttentionCall, grad_output: Tensor, output: Tensor, logsumexp: Tensor
+    call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
 ) -> list[Tensor]:
-    grad_query, grad_key, grad_value = grads = [torch.empty_like(x) for x in call[:3]]
+    if output is None:
+        output, _ = forward(call)
+    grad_maps = empty_gradient(call)
+    grad_query, grad_key, grad_value = grad_maps.chunk(3, dim=1)
     mean = torch.empty_like(logsumexp)
     partial_sums = new_partial_sums(call)
     with on_device(call.query):
@@ -67,12 +70,12 @@ def backward(
         ).run()
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
     if call.rel_rows is None:
-        return grads
+        return [grad_maps]
     total = partial_sums.sum(dim=0).to(call.query.dtype)
     _, size, half = call.rel_rows.shape
     grad_rows = total[:, :size, :half]
     grad_cols = total[:, total.shape[1] // 2 :][:, :size, half : 2 * half]
-    return [*grads, grad_rows.contiguous(), grad_cols.contiguous()]
+    return [grad_maps, grad_rows.contiguous(), grad_cols.contiguous()]
 
 
 def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> Launch:

@@ -1,0 +1,369 @@
+"""What the benchmark runs: layers, stems and whole detectors, by every implementation."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.ops import available_backends, use_backend
+from sasa_det.ops.backends import choose
+from sasa_det.ops.calls import AttentionCall
+
+from .peers import PEERS
+from .timing import Build, Steps
+
+CONVOLUTION = "3x3 convolution"
+OURS = "sasa_det"
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# The sides of what only loads and compiles.
+WARM_UP_MAP, WARM_UP_IMAGE = 16, 64
+
+
+class Setting(NamedTuple):
+    """What all contestants of a comparison share."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 1
+
+
+class LayerShape(NamedTuple):
+    """An attention layer and the map that it meets.
+
+    Attributes:
+        stride (int): of the convolution that it replaces; attention is pooled to it afterwards.
+    """
+
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel_size: int = 7
+    num_heads: int = 8
+    stride: int = 1
+
+    def __str__(self) -> str:
+        channels = f"{self.in_channels}"
+        if self.out_channels != self.in_channels:
+            channels += f" to {self.out_channels}"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        return (
+            f"{channels} channels, {self.height}x{self.width}, k = {self.kernel_size}, "
+            f"{self.num_heads} heads{stride}"
+        )
+
+
+class Contestant(NamedTuple):
+    """One row of a comparison.
+
+    Attributes:
+        implementation (str): its name.
+        memory_format (str): "contiguous" or "channels_last".
+        build: builds it, to be run.
+        backend (str or None): the backend that serves it, where it is ours.
+    """
+
+    implementation: str
+    memory_format: str
+    build: Build
+    backend: str | None = None
+
+
+def attention_shapes(config: CfgNode, image_size: int) -> dict[LayerShape, list[str]]:
+    """The shapes of a detector's attention layers, found by running it on a square image.
+
+    Returns:
+        dict[LayerShape, list[str]]: with each, the names of the layers that have it; a layer
+        that meets several levels of the FPN stands under each of them.
+    """
+    shapes: dict[LayerShape, list[str]] = {}
+
+    def record(name: str, stride: int, layer: Any, inputs: tuple, output: Tensor) -> None:
+        height, width = inputs[0].shape[-2:]
+        channels = (layer.in_channels, layer.out_channels)
+        shape = LayerShape(*channels, height, width, layer.kernel_size, layer.num_heads, stride)
+        shapes.setdefault(shape, []).append(name)
+
+    # On "meta" shapes are computed and nothing else.
+    model = build_model(_on_cpu(config)).eval().to("meta")
+    for name, module in model.named_modules():
+        if isinstance(module, LocalSelfAttention2d):
+            stride = getattr(model.get_submodule(name.rpartition(".")[0]), "stride", 1)
+            module.register_forward_hook(partial(record, name, stride))
+    with torch.no_grad():
+        features = model.backbone(torch.zeros(1, 3, image_size, image_size, device="meta"))
+        model.head([features[name] for name in model.head_in_features])
+    return shapes
+
+
+def layer_contestants(
+    shape: LayerShape, setting: Setting, training: bool, peers: Iterable[str] = ()
+) -> list[Contestant]:
+    """The convolution, ours by each backend, and these peers, each in both memory formats."""
+    contestants = []
+    for memory_format in MEMORY_FORMATS:
+        automatic, others = serving_backends(shape, setting, memory_format)
+        backends = {CONVOLUTION: None, OURS: automatic}
+        backends.update({f"{OURS} ({name})": name for name in others})
+        backends.update(dict.fromkeys(peers))
+        for implementation, backend in backends.items():
+            forced_backend = None if implementation == OURS else backend
+            build = partial(
+                build_layer,
+                implementation,
+                shape,
+                setting,
+                memory_format,
+                training,
+                forced_backend,
+            )
+            contestants.append(Contestant(implementation, memory_format, build, backend))
+    return contestants
+
+
+def stem_contestants(
+    configs: dict[str, CfgNode], image_size: int, setting: Setting, training: bool
+) -> list[Contestant]:
+    """The stems of these configs, by implementation, with norm and pooling."""
+    return [
+        Contestant(
+            name,
+            memory_format,
+            partial(build_stem, config, image_size, setting, memory_format, training),
+        )
+        for memory_format in MEMORY_FORMATS
+        for name, config in configs.items()
+    ]
+
+
+def model_contestants(
+    configs: dict[str, CfgNode],
+    image_size: int,
+    setting: Setting,
+    training: bool,
+    peers: Iterable[str] = (),
+) -> list[Contestant]:
+    """The detectors of these configs in both memory formats; the last one by others, too.
+
+    These others are our backends that are not the automatic choice, and the peers.
+    """
+
+    def contestant(
+        label: str,
+        config: CfgNode,
+        memory_format: str,
+        peer: str | None = None,
+        backend: str | None = None,
+    ) -> Contestant:
+        arguments = (config, image_size, setting, memory_format, training, peer, backend)
+        return Contestant(label, memory_format, partial(build_detector, *arguments), backend)
+
+    contestants = [
+        contestant(name, config, memory_format)
+        for name, config in configs.items()
+        for memory_format in MEMORY_FORMATS
+    ]
+    name, config = list(configs.items())[-1]
+    _, others = serving_backends(LayerShape(256, 256, 80, 80), setting, "contiguous")
+    for backend in others:
+        label = f"{name} ({backend})"
+        contestants.append(contestant(label, config, "contiguous", backend=backend))
+    for peer in peers:
+        contestants.append(contestant(f"{name}, {peer}", config, "contiguous", peer))
+    return contestants
+
+
+def build_layer(
+    implementation: str,
+    shape: LayerShape,
+    setting: Setting,
+    memory_format: str,
+    training: bool,
+    backend: str | None = None,
+) -> Steps:
+    """A layer with its projections; a training step takes the gradients of input and weights."""
+    layer = make_layer(implementation, shape)
+    layer = _place(layer, setting, memory_format).train(training)
+    sizes = [(WARM_UP_MAP, WARM_UP_MAP), (shape.height, shape.width)]
+    small, full = (
+        _place(
+            torch.randn(setting.batch, shape.in_channels, *size), setting, memory_format
+        ).requires_grad_(training)
+        for size in sizes
+    )
+    peer = PEERS.get(implementation)
+    if peer is not None and peer.compiled:
+        small = full  # compiled for this shape before anything is measured
+    step = partial(_run_module, layer, training, backend)
+    return Steps(partial(step, small), partial(step, full))
+
+
+def build_stem(
+    config: CfgNode, image_size: int, setting: Setting, memory_format: str, training: bool
+) -> Steps:
+    """The stem of a config's ResNet; the image gets no gradient."""
+    stem = build_model(_on_cpu(config)).backbone.bottom_up.stem
+    stem = _place(stem, setting, memory_format).train(training)
+    small, full = (
+        _place(torch.randn(setting.batch, 3, size, size), setting, memory_format)
+        for size in (WARM_UP_IMAGE, image_size)
+    )
+    step = partial(_run_module, stem, training, None)
+    return Steps(partial(step, small), partial(step, full))
+
+
+def build_detector(
+    config: CfgNode,
+    image_size: int,
+    setting: Setting,
+    memory_format: str,
+    training: bool,
+    peer: str | None = None,
+    backend: str | None = None,
+) -> Steps:
+    """Inference from images to boxes, or a training step of SGD with momentum."""
+    model = build_model(_on_cpu(config))
+    if peer is not None:
+        _replace_attention(model, peer)
+    model.to(device=setting.device, memory_format=MEMORY_FORMATS[memory_format])
+    model.train(training)
+    # What is learned does not matter here, but the weights must stay finite.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    images, small = (
+        [_example(size) for _ in range(setting.batch)] for size in (image_size, WARM_UP_IMAGE)
+    )
+    if peer is not None and PEERS[peer].compiled:
+        small = images
+
+    def run(batch: list[dict], update: bool) -> None:
+        with _backend(backend), _autocast(setting):
+            if not training:
+                with torch.no_grad():
+                    model(batch)
+                return
+            with EventStorage():  # RetinaNet logs into it
+                loss = sum(model(batch).values())
+        with _backend(backend):
+            loss.backward()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Steps(partial(run, small, False), partial(run, images, True))
+
+
+def make_layer(implementation: str, shape: LayerShape) -> nn.Module:
+    """The convolution, our attention (any name that is no peer's) or a peer."""
+    c_in, c_out = shape.in_channels, shape.out_channels
+    if implementation == CONVOLUTION:
+        return nn.Conv2d(c_in, c_out, 3, stride=shape.stride, padding=1, bias=False)
+    peer = PEERS.get(implementation)
+    make = LocalSelfAttention2d if peer is None else peer.make
+    layer = make(c_in, c_out, shape.kernel_size, shape.num_heads)
+    if shape.stride == 1:
+        return layer
+    pool = nn.AvgPool2d(shape.stride, shape.stride, ceil_mode=True)
+    return nn.Sequential(layer, pool)
+
+
+def serving_backends(
+    shape: LayerShape, setting: Setting, memory_format: str
+) -> tuple[str | None, list[str]]:
+    """The backend that is chosen for such a layer automatically, and the others that serve it."""
+    channels = shape.out_channels
+    dtype = getattr(torch, setting.dtype)
+    projected = torch.empty(
+        (setting.batch, 3 * channels, shape.height, shape.width),
+        dtype=dtype,
+        device=setting.device,
+        memory_format=MEMORY_FORMATS[memory_format],
+    )
+    embeddings = torch.empty(
+        (shape.num_heads, shape.kernel_size, channels // shape.num_heads // 2),
+        dtype=dtype,
+        device=setting.device,
+    )
+    query, key, value = projected.chunk(3, dim=1)
+    call = AttentionCall(
+        query, key, value, embeddings, embeddings, shape.num_heads, shape.kernel_size
+    )
+    chosen = choose("local_attention", call)
+    automatic, others = None, []
+    for name, missing in available_backends().items():
+        if missing is not None:
+            continue
+        try:
+            with use_backend(name):
+                implementation = choose("local_attention", call)
+        except RuntimeError:  # it refuses
+            continue
+        if implementation is chosen:
+            automatic = name
+        else:
+            others.append(name)
+    return automatic, others
+
+
+def _run_module(module: nn.Module, training: bool, backend: str | None, x: Tensor) -> None:
+    with _backend(backend):
+        if not training:
+            with torch.no_grad():
+                module(x)
+            return
+        output = module(x)
+        inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def _replace_attention(model: nn.Module, peer: str) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) is LocalSelfAttention2d:
+            layer = PEERS[peer].make(
+                module.in_channels, module.out_channels, module.kernel_size, module.num_heads
+            )
+            model.set_submodule(name, layer)
+
+
+def _example(size: int) -> dict:
+    """An image of noise, (3, size, size), with a few boxes, as detectron2's mapper gives it."""
+    generator = torch.Generator().manual_seed(0)
+    instances = Instances((size, size))
+    corners = torch.rand(8, 2, generator=generator) * size / 2
+    sides = (0.05 + 0.4 * torch.rand(8, 2, generator=generator)) * size
+    instances.gt_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
+    instances.gt_classes = torch.arange(8) % 4
+    image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+    return {"image": image, "instances": instances, "height": size, "width": size}
+
+
+def _on_cpu(config: CfgNode) -> CfgNode:
+    """Built on the CPU, and moved afterwards; random weights must not detect anything."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.DEVICE = "cpu"
+    # How many boxes random weights find differs by chance, and with it the time to sort them.
+    config.MODEL.RETINANET.SCORE_THRESH_TEST = 1.0
+    return config
+
+
+def _place(x: Any, setting: Setting, memory_format: str) -> Any:
+    dtype = getattr(torch, setting.dtype)
+    return x.to(device=setting.device, dtype=dtype, memory_format=MEMORY_FORMATS[memory_format])
+
+
+def _backend(name: str | None) -> AbstractContextManager:
+    return nullcontext() if name is None else use_backend(name)
+
+
+def _autocast(setting: Setting) -> AbstractContextManager:
+    if setting.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(setting.device, getattr(torch, setting.dtype))

@@ -1,0 +1,58 @@
+/* What Python passes; library.py has the same structures. Strides count elements. */
+
+#ifndef SASA_DET_CALLS_H
+#define SASA_DET_CALLS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+/* (N, C, H, W) */
+typedef struct {
+    void *data;
+    int64_t stride_n, stride_c, stride_h, stride_w;
+    int64_t dtype;
+} Map;
+
+typedef struct {
+    int64_t batch, heads, head_dim, height, width, kernel_size;
+    int64_t bands;                    /* tasks for each head of an image */
+    Map query, key, value, output;
+    const float *rel_rows, *rel_cols; /* (heads, kernel_size, head_dim / 2), or NULL */
+    float *logsumexp;                 /* (batch, heads, height, width) */
+    /* For the backward: float32 gradients; those of the embeddings as partial sums,
+       (batch, bands, 2, heads, kernel_size, head_dim / 2). */
+    Map grad_output, grad_query, grad_key, grad_value;
+    float *grad_embeddings;
+} AttentionCall;
+
+/* The stem's attention, pooled. All floats; the weights are folded: see stem.h. */
+typedef struct {
+    int64_t batch, in_channels, height, width, heads, head_dim, block_size;
+    int64_t bands;                    /* tasks for each image */
+    Map image, maximum;               /* (N, C_in, H, W), (N, C, blocks down, blocks across) */
+    const float *content;             /* (heads, C_in of the query, C_in of the key) */
+    const float *rel_rows, *rel_cols; /* (heads, 2 * block_size - 1, C_in) */
+    const float *value_weights;       /* (heads, positions, head_dim, C_in) */
+    float *sums;                      /* (batch, bands, 2, C): outputs, and their squares */
+    /* For the backward; grad_weights are partial sums, (batch, bands, the sizes of content, rel_rows,
+       rel_cols and value_weights one after another). */
+    Map grad_maximum;
+    const float *grad_sum, *grad_square_sum;
+    float *grad_weights;
+} StemCall;
+
+/* The kernels for one instruction set. A task gets scratch memory of its own, aligned to 64 bytes. */
+typedef struct {
+    int64_t (*scratch_bytes)(const AttentionCall *call, bool backward);
+    void (*forward_task)(const void *call, int64_t index, char *scratch);
+    void (*backward_task)(const void *call, int64_t index, char *scratch);
+    int64_t (*stem_scratch_bytes)(const StemCall *call, bool backward);
+    void (*stem_forward_task)(const void *call, int64_t index, char *scratch);
+    void (*stem_backward_task)(const void *call, int64_t index, char *scratch);
+} Kernels;
+
+extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
+
+#endif

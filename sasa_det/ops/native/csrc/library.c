@@ -1,0 +1,77 @@
+/* The functions that Python calls, by ctypes: a plain C interface, which no upgrade of torch or of
+   Python breaks. */
+
+#include <stdlib.h>
+
+#include "calls.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+
+/* The best instruction set that this processor has. */
+EXPORT int64_t sasa_det_instruction_set(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return BASELINE;
+}
+
+static const Kernels *kernels_for(int64_t instruction_set) {
+#if defined(__x86_64__)
+    if (instruction_set == AVX512) return &kernels_avx512;
+    if (instruction_set == AVX2) return &kernels_avx2;
+#endif
+    return &kernels_baseline;
+}
+
+typedef void Task(const void *call, int64_t index, char *scratch);
+
+/* Runs `tasks` tasks. Returns 0, or 1 where memory ran out. */
+static int64_t run(Task *task, const void *call, int64_t tasks, int64_t bytes, int64_t threads) {
+    int64_t failed = 0;
+    if (threads > tasks) threads = tasks;
+    if (threads < 1) threads = 1;
+#pragma omp parallel num_threads(threads) reduction(+ : failed)
+    {
+        char *scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        failed = scratch == NULL;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t index = 0; index < tasks; index++)
+            if (scratch) task(call, index, scratch);
+        free(scratch);
+    }
+    return failed != 0;
+}
+
+EXPORT int64_t sasa_det_attention_forward(const AttentionCall *call, int64_t instruction_set,
+                                          int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->forward_task, call, call->batch * call->heads * call->bands,
+               kernels->scratch_bytes(call, false), threads);
+}
+
+EXPORT int64_t sasa_det_attention_backward(const AttentionCall *call, int64_t instruction_set,
+                                           int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->backward_task, call, call->batch * call->heads * call->bands,
+               kernels->scratch_bytes(call, true), threads);
+}
+
+EXPORT int64_t sasa_det_stem_forward(const StemCall *call, int64_t instruction_set,
+                                     int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->stem_forward_task, call, call->batch * call->bands,
+               kernels->stem_scratch_bytes(call, false), threads);
+}
+
+EXPORT int64_t sasa_det_stem_backward(const StemCall *call, int64_t instruction_set,
+                                      int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    return run(kernels->stem_backward_task, call, call->batch * call->bands,
+               kernels->stem_scratch_bytes(call, true), threads);
+}

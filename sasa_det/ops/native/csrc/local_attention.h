@@ -1,0 +1,258 @@
+/* local_attention, forward and backward. Included once for each instruction set, by kernels.h.
+
+   A task is a band of rows of a head of an image. It walks down the rows of queries; the rows of
+   keys and values in their window stand in a ring of scratch memory. Nothing else of the size of a
+   map is kept: what scratch memory grows with is the width of the map.
+
+   Positions outside the map are zeros with a logit of OUTSIDE. That is finite, so that queries
+   outside the map, whose results nobody reads, stay free of NaN. */
+
+#define OUTSIDE (-1e30f)
+
+typedef struct {
+    const AttentionCall *call;
+    /* Rows as they are, and rows that are seen with shifts: those start at the first column that any
+       shift reaches, so that most loads are aligned. */
+    Layout plain, shifted;
+    Layout kept;                      /* of weights and grad_logits: padded by whole vectors */
+    int64_t n, head, channel;         /* image, head and its first channel */
+    int64_t begin, end;               /* rows of the band */
+    int64_t size, radius;             /* of the window */
+    int64_t col_radius, cols;         /* of the columns that any position can see */
+    int64_t first, last;              /* row offsets that any query of the current row can see */
+    float **keys, **values;           /* [size] rows of the current window */
+    float **grad_keys, **grad_values; /* [size] */
+    int64_t next_row;                 /* of keys, the first that is not in the ring yet */
+    float *key_ring, *value_ring, *grad_key_ring, *grad_value_ring;
+    float *query, *grad_output, *result; /* plain rows of all channels */
+    float *shifted_query, *shifted_grad_output;
+    float *logsumexp;                 /* a plain row of one channel */
+    float *apart;                     /* the rows of a packed row */
+    V *logits, *grads;                /* [size * cols], of one vector of queries */
+    V *row_logits, *col_logits;       /* [size] */
+    V *row_mask, *col_mask;           /* [size], [vectors * cols]: 0, or OUTSIDE */
+    float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
+    V *grad_rel_rows, *grad_rel_cols; /* [size * head_dim / 2] */
+} Task;
+
+/* Hands out scratch memory; counts it where there is none yet. */
+static void *take(char **scratch, int64_t count, size_t size) {
+    char *start = *scratch;
+    *scratch = start + (count * size + 63) / 64 * 64;
+    return start;
+}
+
+/* Lays out `task` at `scratch` and returns the end of it. */
+static char *lay_out(Task *task, char *scratch, bool backward) {
+    const int64_t channels = task->call->head_dim, window = task->size * task->cols;
+    const int64_t plain = channels * task->plain.floats;
+    /* Loads of what is shifted reach a vector too far. */
+    const int64_t shifted = channels * task->shifted.floats, ring = task->size * shifted + LANES;
+    task->keys = take(&scratch, task->size, sizeof(float *));
+    task->values = take(&scratch, task->size, sizeof(float *));
+    task->key_ring = take(&scratch, ring, sizeof(float));
+    task->value_ring = take(&scratch, ring, sizeof(float));
+    task->query = take(&scratch, plain, sizeof(float));
+    task->result = take(&scratch, plain, sizeof(float));
+    task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
+    task->apart = take(&scratch, channels * task->plain.width * task->plain.pack, sizeof(float));
+    task->logits = take(&scratch, window, sizeof(V));
+    task->row_logits = take(&scratch, task->size, sizeof(V));
+    task->col_logits = take(&scratch, task->size, sizeof(V));
+    task->row_mask = take(&scratch, task->size, sizeof(V));
+    task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
+    if (!backward) return scratch;
+    task->grad_keys = take(&scratch, task->size, sizeof(float *));
+    task->grad_values = take(&scratch, task->size, sizeof(float *));
+    task->grad_key_ring = take(&scratch, task->size * plain, sizeof(float));
+    task->grad_value_ring = take(&scratch, task->size * plain, sizeof(float));
+    task->grad_output = take(&scratch, plain, sizeof(float));
+    task->shifted_query = take(&scratch, shifted + LANES, sizeof(float));
+    task->shifted_grad_output = take(&scratch, shifted + LANES, sizeof(float));
+    task->grads = take(&scratch, window, sizeof(V));
+    task->weights = take(&scratch, window * task->kept.floats, sizeof(float));
+    task->grad_logits = take(&scratch, window * task->kept.floats, sizeof(float));
+    task->grad_rel_rows = take(&scratch, task->size * channels / 2, sizeof(V));
+    task->grad_rel_cols = take(&scratch, task->size * channels / 2, sizeof(V));
+    return scratch;
+}
+
+static void shape_task(Task *task, const AttentionCall *call) {
+    task->call = call;
+    task->size = call->kernel_size;
+    task->radius = call->kernel_size / 2;
+    task->col_radius = task->radius < call->width ? task->radius : call->width - 1;
+    task->cols = 2 * task->col_radius + 1;
+    task->plain = make_layout(call->height, call->width);
+    int64_t reach = task->col_radius * task->plain.pack;
+    task->shifted = padded(task->plain, reach);
+    task->kept = padded(task->plain, ceil_div(reach, LANES) * LANES);
+}
+
+static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
+    Task task;
+    shape_task(&task, call);
+    return lay_out(&task, NULL, backward) - (char *)NULL;
+}
+
+static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,
+                       bool backward) {
+    shape_task(task, call);
+    lay_out(task, scratch, backward);
+    const Layout *s = &task->plain;
+    task->head = index / call->bands % call->heads;
+    task->n = index / call->bands / call->heads;
+    task->channel = task->head * call->head_dim;
+    int64_t groups = ceil_div(call->height, s->pack), band = index % call->bands;
+    task->begin = groups * band / call->bands * s->pack;
+    task->end = groups * (band + 1) / call->bands * s->pack;
+    if (task->end > call->height) task->end = call->height;
+    task->next_row = INT64_MIN;
+    for (int64_t t = 0; t < s->vectors; t++)
+        for (int64_t o = 0; o < task->cols; o++)
+            for (int lane = 0; lane < LANES; lane++) {
+                int64_t x = (t * LANES + lane) / s->pack + o - task->col_radius;
+                task->col_mask[t * task->cols + o][lane] = x >= 0 && x < s->width ? 0 : OUTSIDE;
+            }
+}
+
+/* Where a row stands in a ring of rows of this layout. */
+INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
+    int64_t slot = row % task->size;
+    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
+}
+
+/* Makes the window of the queries from `row` on the current one. */
+static void move_window(Task *task, int64_t row) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->shifted;
+    int64_t top = row - task->radius;
+    /* Row offsets that no query of the row sees are left out. */
+    task->first = top + s->pack > 0 ? 0 : -top - s->pack + 1;
+    task->last = task->size - 1;
+    if (top + task->last >= s->height) task->last = s->height - 1 - top;
+    for (int64_t a = task->first; a <= task->last; a++) {
+        int64_t slot = slot_of(task, s, top + a);
+        task->keys[a] = task->key_ring + slot;
+        task->values[a] = task->value_ring + slot;
+        if (top + a >= task->next_row) {
+            read_rows(s, &call->key, task->n, task->channel, call->head_dim, top + a, task->keys[a],
+                      task->apart);
+            read_rows(s, &call->value, task->n, task->channel, call->head_dim, top + a,
+                      task->values[a], task->apart);
+        }
+        for (int lane = 0; lane < LANES; lane++) {
+            int64_t y = top + a + lane % s->pack;
+            task->row_mask[a][lane] = y >= 0 && y < s->height ? 0 : OUTSIDE;
+        }
+    }
+}
+
+INLINE V embedding_dot(const float *x, int64_t stride, const float *embedding, int64_t channels) {
+    V total = {0};
+    for (int64_t c = 0; c < channels; c++) total += load(x + c * stride) * embedding[c];
+    return total;
+}
+
+/* q . r of a vector of queries at `query`, factorised into rows and columns, and the masks. */
+static void position_logits(Task *task, const float *query, int64_t vector) {
+    const AttentionCall *call = task->call;
+    const int64_t half = call->head_dim / 2, stride = task->plain.floats;
+    const int64_t first_col = task->radius - task->col_radius;
+    for (int64_t a = task->first; a <= task->last; a++) {
+        task->row_logits[a] = task->row_mask[a];
+        if (call->rel_rows)
+            task->row_logits[a] += embedding_dot(
+                query, stride, call->rel_rows + (task->head * task->size + a) * half, half);
+    }
+    for (int64_t o = 0; o < task->cols; o++) {
+        task->col_logits[o] = task->col_mask[vector * task->cols + o];
+        if (call->rel_cols)
+            task->col_logits[o] += embedding_dot(
+                query + half * stride, stride,
+                call->rel_cols + (task->head * task->size + first_col + o) * half, half);
+    }
+}
+
+/* The logits of a vector of queries; those of the rows in the window only. Returns their maximum. */
+static V compute_logits(Task *task, int64_t vector) {
+    const int64_t at = vector * LANES, cols = task->cols;
+    const float *query = task->query + at;
+    position_logits(task, query, vector);
+    V highest = splat(-INFINITY);
+    for (int64_t a = task->first; a <= task->last; a++) {
+        V *logits = task->logits + a * cols;
+        dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, task->plain.pack,
+             cols, task->call->head_dim, logits);
+        for (int64_t o = 0; o < cols; o++) {
+            logits[o] += task->row_logits[a] + task->col_logits[o];
+            highest = maximum(highest, logits[o]);
+        }
+    }
+    return highest;
+}
+
+/* result = sum over the window of weights times the rows of keys or values. */
+static void weighted_sum(Task *task, const V *weights, float *const *rows, int64_t vector) {
+    const int64_t at = vector * LANES, channels = task->call->head_dim;
+    float *result = task->result + at;
+    for (int64_t c = 0; c < channels; c++) store(result + c * task->plain.floats, (V){0});
+    for (int64_t a = task->first; a <= task->last; a++)
+        add_weighted(weights + a * task->cols, rows[a] + at, task->shifted.floats,
+                     task->plain.pack, task->cols, channels, result, task->plain.floats);
+}
+
+/* A vector of the output, and of the log-sum-exp. */
+static void attend(Task *task, int64_t vector) {
+    const int64_t at = vector * LANES, stride = task->plain.floats;
+    V highest = compute_logits(task, vector), total = {0};
+    for (int64_t i = task->first * task->cols; i < (task->last + 1) * task->cols; i++) {
+        task->logits[i] = exponential(task->logits[i] - highest);
+        total += task->logits[i];
+    }
+    store(task->logsumexp + at, highest + logarithm(total));
+    weighted_sum(task, task->logits, task->values, vector);
+    V scale = 1.0f / total;
+    for (int64_t c = 0; c < task->call->head_dim; c++) {
+        float *result = task->result + c * stride + at;
+        store(result, load(result) * scale);
+    }
+}
+
+INLINE Map logsumexp_map(const AttentionCall *call) {
+    int64_t plane = call->height * call->width;
+    return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32};
+}
+
+/* Asks, while a vector of this row of queries is computed, for a part of what the next row reads and
+   of what this row writes. */
+static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *to_write) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
+    const int64_t n = task->n, channel = task->channel, channels = call->head_dim;
+    prefetch_rows(s, &call->query, n, channel, channels, row + s->pack, vector, s->vectors, false);
+    prefetch_rows(s, &call->key, n, channel, channels, task->next_row, vector, s->vectors, false);
+    prefetch_rows(s, &call->value, n, channel, channels, task->next_row, vector, s->vectors, false);
+    prefetch_rows(s, to_write, n, channel, channels, row, vector, s->vectors, true);
+}
+
+static void forward_task(const void *arguments, int64_t index, char *scratch) {
+    const AttentionCall *call = arguments;
+    Task task;
+    start_task(&task, call, index, scratch, false);
+    const Layout *s = &task.plain;
+    const Map logsumexp = logsumexp_map(call);
+    for (int64_t row = task.begin; row < task.end; row += s->pack) {
+        move_window(&task, row);
+        task.next_row = row + task.radius + 1;
+        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
+        for (int64_t vector = 0; vector < s->vectors; vector++) {
+            prefetch(&task, row, vector, &call->output);
+            attend(&task, vector);
+        }
+        write_rows(s, &call->output, task.n, task.channel, call->head_dim, row, task.result, task.apart,
+                   task.begin, task.end, false);
+        write_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart, task.begin,
+                   task.end, false);
+    }
+}

@@ -1,0 +1,117 @@
+"""The compiled kernels: found, loaded with ctypes, and called.
+
+They are plain C behind a plain C interface, because that outlives every upgrade of torch and of
+Python. ``setup.py`` compiles them where there is a compiler; without them the eager path serves.
+"""
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Values of the enumerations in calls.h and library.c.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+_FLOATS = ctypes.c_void_p
+
+
+class Map(ctypes.Structure):
+    """(N, C, H, W), as calls.h has it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((f"stride_{axis}", ctypes.c_int64) for axis in "nchw"),
+        ("dtype", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Map":
+        return cls(x.data_ptr(), *x.stride(), DTYPES[x.dtype])
+
+
+class AttentionArguments(ctypes.Structure):
+    """AttentionCall of calls.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "head_dim", "height", "width")),
+        ("kernel_size", ctypes.c_int64),
+        ("bands", ctypes.c_int64),
+        *((name, Map) for name in ("query", "key", "value", "output")),
+        *((name, _FLOATS) for name in ("rel_rows", "rel_cols", "logsumexp")),
+        *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        ("grad_embeddings", _FLOATS),
+    )
+
+
+class StemArguments(ctypes.Structure):
+    """StemCall of calls.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "in_channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("heads", "head_dim", "block_size", "bands")),
+        *((name, Map) for name in ("image", "maximum")),
+        *((name, _FLOATS) for name in ("content", "rel_rows", "rel_cols", "value_weights")),
+        ("sums", _FLOATS),
+        ("grad_maximum", Map),
+        *((name, _FLOATS) for name in ("grad_sum", "grad_square_sum", "grad_weights")),
+    )
+
+
+@cache
+def load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    found = sorted(Path(__file__).parent.glob("_kernels.*so"))
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except (IndexError, OSError) as error:
+        reason = f"its C kernels do not load ({error})"
+        if not found:
+            reason = "its C kernels were not compiled, for want of a C compiler"
+        warnings.warn(
+            f"On the CPU, attention runs on the slower eager path: {reason}. "
+            "Install sasa_det again where a C compiler is at hand.",
+            stacklevel=2,
+        )
+        return reason
+    library.sasa_det_instruction_set.restype = ctypes.c_int64
+    return library
+
+
+def unavailable() -> str | None:
+    """Why this machine has not got the kernels, in words; None where it has."""
+    library = load()
+    return library if isinstance(library, str) else None
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why the kernels cannot compute with a tensor like ``x``; None where they can."""
+    if x.device.type != "cpu":
+        return f"it computes on the CPU, but the tensors are on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"it computes in float32 and bfloat16, but the tensors are {x.dtype}"
+    return unavailable()
+
+
+@cache
+def instruction_set() -> int:
+    """Of ``INSTRUCTION_SETS``, the best one that this processor has."""
+    return load().sasa_det_instruction_set()  # type: ignore[union-attr]
+
+
+def run(function: str, arguments: ctypes.Structure) -> None:
+    """Calls one of the library's functions.
+
+    Raises:
+        MemoryError: if there is not enough of it.
+    """
+    status = getattr(load(), function)(
+        ctypes.byref(arguments),
+        ctypes.c_int64(instruction_set()),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    if status:
+        raise MemoryError(f"{function} of sasa_det found no memory for its scratch space.")
