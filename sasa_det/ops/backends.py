@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from . import eager, eager_pooled_stem, eager_stem, native
+from . import eager, eager_pooled_stem, eager_stem, native, triton
 from .calls import AttentionCall, StemCall
 from .native import attention as native_attention
 from .native import stem as native_stem
+from .triton import attention as triton_attention
+from .triton import stem as triton_stem
 
 
 class Implementation(Protocol):
@@ -30,11 +32,16 @@ class Implementation(Protocol):
 
 # Fastest first; eager serves every call.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
-    "local_attention": {"native": native_attention, "eager": eager},
+    "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "stem_attention": {"eager": eager_stem},
-    "stem_attention_pooled": {"native": native_stem, "eager": eager_pooled_stem},
+    "stem_attention_pooled": {
+        "triton": triton_stem,
+        "native": native_stem,
+        "eager": eager_pooled_stem,
+    },
 }
 _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
+    "triton": triton.unavailable,
     "native": native.unavailable,
     "eager": lambda: None,
 }

@@ -50,7 +50,7 @@ class Blocks:
 
     def __init__(self, call: StemCall) -> None:
         image = call.image
-        self.stem = _Stem(call)
+        self.stem = Stem(call)
         size = self.stem.block_size
         self.pixels = _to_blocks(image.to(self.stem.dtype), size)
         self.outside: Tensor | None = None
@@ -65,7 +65,7 @@ class Blocks:
         return zip(pixels, self.outside.split(CHUNK, dim=1))
 
 
-class _Stem:
+class Stem:
     """The parameters of a call in the dtype of the computation, and their gradients so far.
 
     d is head_dim; T and P as in :class:`Blocks`. Positions lead in memory,

@@ -1,0 +1,186 @@
+"""``local_attention`` on CUDA, in Triton.
+
+A program takes a tile of queries of one head and walks over its halo, the keys that any of them
+sees, a few rows at a time: a small flash attention with an online softmax. Of the halo a query sees
+only its own window, 49 of 160 keys at k = 7; but the products run on tensor cores, which beat
+multiply-adds on the window alone by more than that, and each key is loaded 5 times instead of 49.
+
+q . r has two factors, one of the query's position and the halo's row, one of its position and the
+halo's column. Their sum, with minus infinity outside the window and the map, is what the product of
+queries and keys starts from as its accumulator, so masks and embeddings cost next to nothing.
+
+The backward computes the weights anew from the log-sum-exp, in two kernels without atomics: one
+walks from queries over keys, for the gradients of queries and embeddings, one from keys over the
+queries that see them. Results do not change from run to run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls import AttentionCall, empty_gradient
+from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
+
+# Programs that each sum the gradients of the embeddings over some tiles: enough to keep a GPU busy
+# to the end, few enough that reading their sums again takes no time.
+_SUMMING_PROGRAMS = 4096
+# Beyond, a tile's registers no longer suffice.
+_MAX_KERNEL_SIZE = 17
+_MAX_HEAD_DIM = 64
+
+
+def refuses(call: AttentionCall) -> str | None:
+    reason = refuses_tensor(call.query)
+    if reason is not None:
+        return reason
+    head_dim = call.query.shape[1] // call.num_heads
+    if call.kernel_size > _MAX_KERNEL_SIZE or head_dim > _MAX_HEAD_DIM:
+        return (
+            f"its tiles fit windows up to {_MAX_KERNEL_SIZE} and heads up to {_MAX_HEAD_DIM} "
+            f"channels, not kernel_size={call.kernel_size} with {head_dim} channels a head"
+        )
+    for x in call[:3]:
+        if sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:
+            return "it does not serve images of more than 2 ** 31 numbers"
+    return None
+
+
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    n, _, height, width = call.query.shape
+    output = torch.empty_like(call.query)
+    logsumexp = call.query.new_empty(n, call.num_heads, height, width, dtype=torch.float32)
+    with on_device(call.query):
+        forward_launch(call, output, logsumexp).run()
+    return output, logsumexp
+
+
+def backward(
+    call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
+) -> list[Tensor]:
+    if output is None:
+        output, _ = forward(call)
+    grad_maps = empty_gradient(call)
+    grad_query, grad_key, grad_value = grad_maps.chunk(3, dim=1)
+    mean = torch.empty_like(logsumexp)
+    partial_sums = new_partial_sums(call)
+    with on_device(call.query):
+        query_gradient_launch(
+            call, grad_output, output, logsumexp, grad_query, mean, partial_sums
+        ).run()
+        key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
+    if call.rel_rows is None:
+        return [grad_maps]
+    total = partial_sums.sum(dim=0).to(call.query.dtype)
+    _, size, half = call.rel_rows.shape
+    grad_rows = total[:, :size, :half]
+    grad_cols = total[:, total.shape[1] // 2 :][:, :size, half : 2 * half]
+    return [grad_maps, grad_rows.contiguous(), grad_cols.contiguous()]
+
+
+def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> Launch:
+    from .kernels import forward_kernel
+
+    arguments = _arguments(call, output=output)
+    arguments |= {"logsumexp": logsumexp, "num_heads": call.num_heads}
+    return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), options(call))
+
+
+def query_gradient_launch(
+    call: AttentionCall,
+    grad_output: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    grad_query: Tensor,
+    mean: Tensor,
+    partial_sums: Tensor,
+) -> Launch:
+    """Writes ``grad_query``, ``mean`` (as ``logsumexp``) and ``partial_sums``."""
+    from .backward_kernels import query_gradient_kernel
+
+    arguments = _arguments(call, grad_output=grad_output, output=output, grad_query=grad_query)
+    arguments |= {"logsumexp": logsumexp, "mean": mean, "partial_sums": partial_sums}
+    arguments |= {"num_images": call.query.shape[0]}
+    grid = (call.num_heads, partial_sums.shape[0])
+    tile = constants(call)
+    chunks = cdiv(tile["BLOCK_H"] + call.kernel_size - 1, tile["CHUNK_H"])
+    tile |= {"CHUNKS": next_power_of_2(chunks)}
+    return Launch(query_gradient_kernel, grid, arguments, tile, options(call))
+
+
+def key_value_gradient_launch(
+    call: AttentionCall,
+    grad_output: Tensor,
+    logsumexp: Tensor,
+    mean: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> Launch:
+    """Writes ``grad_key`` and ``grad_value``; reads the ``mean`` of ``query_gradient_launch``."""
+    from .backward_kernels import key_value_gradient_kernel
+
+    arguments = _arguments(call, grad_output=grad_output, grad_key=grad_key, grad_value=grad_value)
+    arguments |= {"logsumexp": logsumexp, "mean": mean, "num_heads": call.num_heads}
+    return Launch(
+        key_value_gradient_kernel, _tiles_grid(call), arguments, constants(call), options(call)
+    )
+
+
+def options(call: AttentionCall) -> dict[str, int]:
+    # Two warps: a tile of 32 queries has two rows of 16 for the tensor cores. Those have no
+    # float32; plain multiply-adds need the registers of more threads.
+    return {"num_warps": 4 if call.query.dtype == torch.float32 else 2, "num_stages": 2}
+
+
+def constants(call: AttentionCall) -> dict[str, Any]:
+    """What the kernels are compiled for.
+
+    Tiles of 32 queries were chosen by counting the instructions for sm_90 (bfloat16, k = 7, 32
+    channels a head, channels last): the forward takes 139 a query with tiles of 8 x 8, 118 with
+    4 x 8, 100 with 2 x 8; but keys are loaded 3.5, 5 and 8 times.
+    """
+    head_dim = call.query.shape[1] // call.num_heads
+    block_w = max(8, next_power_of_2(call.kernel_size - 1))
+    halo_w = 2 * block_w  # room for block_w + kernel_size - 1
+    return {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # 16: the least depth of a product
+        "KERNEL_SIZE": call.kernel_size,
+        "KERNEL_PAD": max(8, next_power_of_2(call.kernel_size)),  # a table of 16 rows at least
+        "RELATIVE": call.rel_rows is not None,
+        "BLOCK_H": 32 // block_w,
+        "BLOCK_W": block_w,
+        "HALO_W": halo_w,
+        "CHUNK_H": max(1, 32 // halo_w),
+        # The other choice, tf32, has ten bits of mantissa.
+        "PRECISION": "ieee",
+    }
+
+
+def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
+    """Query, key, value and these maps with their strides, and what else all kernels take."""
+    maps |= {"query": call.query, "key": call.key, "value": call.value}
+    strides = {f"{name}_strides": x.stride() for name, x in maps.items()}
+    embeddings = {
+        name: None if x is None else x.contiguous()
+        for name, x in (("rel_rows", call.rel_rows), ("rel_cols", call.rel_cols))
+    }
+    height, width = call.query.shape[2:]
+    return {**maps, **strides, **embeddings, "height": height, "width": width}
+
+
+def _tiles_grid(call: AttentionCall) -> tuple[int, int, int]:
+    """As ``kernels.tile_of_program`` reads it."""
+    n, _, height, width = call.query.shape
+    tile = constants(call)
+    across = cdiv(width, tile["BLOCK_W"])
+    return call.num_heads * across, cdiv(height, tile["BLOCK_H"]), n
+
+
+def new_partial_sums(call: AttentionCall) -> Tensor:
+    """Room for the sums of the programs of ``query_gradient_kernel``."""
+    across, down, n = _tiles_grid(call)
+    tile = constants(call)
+    programs = min(across // call.num_heads * down * n, cdiv(_SUMMING_PROGRAMS, call.num_heads))
+    table = (2 * tile["KERNEL_PAD"], tile["PADDED_DIM"])
+    return call.query.new_empty(programs, call.num_heads, *table, dtype=torch.float32)

@@ -1,0 +1,81 @@
+"""When Triton serves a call, and how a kernel is launched."""
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unavailable() -> str | None:
+    """Why this machine does not have the backend; None if it does."""
+    if not _installed():
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 was not set"
+    return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's environment variable TRITON_INTERPRET asks for its interpreter.
+
+    It runs kernels on the CPU, very slowly, for tests. Whoever sets it gets it: then the backend
+    serves CPU tensors, and no others.
+    """
+    # As Triton reads it.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def refuses_tensor(x: Tensor) -> str | None:
+    """Why calls with such tensors are not served; None if they are."""
+    # The cheapest question first: on a machine without CUDA every call asks.
+    if x.device.type != ("cpu" if interpreted() else "cuda"):
+        return f"it does not serve tensors on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"it does not serve {x.dtype}"
+    return None if _installed() else "triton is not installed"
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Within it kernels are launched on the device of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
+class Launch(NamedTuple):
+    """A kernel with all it is launched with.
+
+    Attributes:
+        kernel: the function that ``triton.jit`` made.
+        grid (tuple[int, ...]): number of programs.
+        arguments (dict): tensors, numbers and tuples of them.
+        constants (dict): what it is compiled for.
+        options (dict): num_warps and num_stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        if min(self.grid) > 0:  # empty batches have no programs
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)

@@ -1,0 +1,238 @@
+"""The kernels of ``stem_attention_pooled``.
+
+In shapes B stands for BLOCKS, the blocks worked on at once, P for the 16 positions of a block and D
+for PADDED_DIM. Smaller blocks leave positions unused, and fewer channels than three are zeros.
+Queries come last in shapes, because then a thread has most of a query's keys in its own registers
+and need not ask others for their maximum and sum.
+"""
+
+import triton
+import triton.language as tl
+
+from .kernels import LOWEST, convert
+
+
+@triton.jit
+def locate(tile, height, width, BLOCKS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """A tile is BLOCKS blocks side by side: its image, its row of blocks, their columns (B,)."""
+    # Plain numbers as far as possible: what a whole tile shares costs next to nothing.
+    down = tl.cdiv(height, BLOCK_SIZE)
+    tiles_across = tl.cdiv(tl.cdiv(width, BLOCK_SIZE), BLOCKS)
+    row = tile // tiles_across
+    cols = tile % tiles_across * BLOCKS + tl.arange(0, BLOCKS)
+    return row // down, row % down, cols
+
+
+@triton.jit
+def load_pixels(
+    image,
+    strides,
+    n,
+    row,
+    block_cols,
+    height,
+    width,
+    IN_CHANNELS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Whether the image reaches each position (B, P), and three times (B, P) in float32."""
+    position = tl.arange(0, 16)[None]
+    rows = row * BLOCK_SIZE + position // BLOCK_SIZE
+    cols = block_cols[:, None] * BLOCK_SIZE + position % BLOCK_SIZE
+    inside = (position < BLOCK_SIZE * BLOCK_SIZE) & (rows < height) & (cols < width)
+    pointers = image + n.to(tl.int64) * strides[0] + (rows * strides[2] + cols * strides[3])
+    x0 = tl.load(pointers, inside, 0.0).to(tl.float32)
+    x1 = tl.load(pointers + strides[1], inside & (IN_CHANNELS > 1), 0.0).to(tl.float32)
+    x2 = tl.load(pointers + 2 * strides[1], inside & (IN_CHANNELS > 2), 0.0).to(tl.float32)
+    return inside, x0, x1, x2
+
+
+@triton.jit
+def load_matrices(base, head, ROWS: tl.constexpr):
+    """Three times (1, ROWS, P), one for each channel, of (heads, 3, ROWS, P)."""
+    index = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None]
+    base += head * 3 * ROWS * 16
+    x0 = tl.load(base + index)
+    x1 = tl.load(base + ROWS * 16 + index)
+    x2 = tl.load(base + 2 * ROWS * 16 + index)
+    return x0[None], x1[None], x2[None]
+
+
+@triton.jit
+def store_matrices(base, program, x0, x1, x2, ROWS: tl.constexpr):
+    """Three times (B, ROWS, P), summed over the blocks, to (programs, 3, ROWS, P)."""
+    index = tl.arange(0, ROWS)[:, None] * 16 + tl.arange(0, 16)[None]
+    base += program * 3 * ROWS * 16
+    tl.store(base + index, tl.sum(x0, 0))
+    tl.store(base + ROWS * 16 + index, tl.sum(x1, 0))
+    tl.store(base + 2 * ROWS * 16 + index, tl.sum(x2, 0))
+
+
+@triton.jit
+def attend(x0, x1, x2, inside, products, relative, value_weight):
+    """The attention weights (B, P keys, P queries) and the values (B, D, P).
+
+    A query is three numbers times a matrix, and so is a key: their product is the pixel times a
+    3 x 3 matrix times the other pixel. ``products`` and ``relative`` are in units of log 2.
+    """
+    r0, r1, r2 = relative
+    key0 = tl.load(products) * x0 + tl.load(products + 1) * x1 + tl.load(products + 2) * x2
+    key1 = tl.load(products + 3) * x0 + tl.load(products + 4) * x1 + tl.load(products + 5) * x2
+    key2 = tl.load(products + 6) * x0 + tl.load(products + 7) * x1 + tl.load(products + 8) * x2
+    logits = x0[:, None, :] * (key0[:, :, None] + r0)
+    logits += x1[:, None, :] * (key1[:, :, None] + r1)
+    logits += x2[:, None, :] * (key2[:, :, None] + r2)
+    # Finite, because blocks beyond the border have no key at all.
+    logits = tl.where(inside[:, :, None], logits, LOWEST)
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None, :])
+    weights *= (1.0 / tl.sum(weights, 1))[:, None, :]
+    v0, v1, v2 = value_weight
+    value = x0[:, None, :] * v0 + x1[:, None, :] * v1 + x2[:, None, :] * v2
+    return weights, value
+
+
+@triton.jit(do_not_specialize=["num_images", "height", "width"])
+def pooled_forward_kernel(
+    image,
+    products,
+    relative,
+    value_weight,
+    maximum,
+    partial_sums,
+    image_strides,
+    num_images,
+    height,
+    width,
+    IN_CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Many blocks of one head.
+
+    Writes ``maximum`` (N, C, rows, columns of blocks) and this program's sums of the output and of
+    its squares, ``partial_sums`` (programs, 2, heads, D).
+    """
+    head, num_heads = tl.program_id(0), tl.num_programs(0)
+    across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
+    channel = tl.arange(0, PADDED_DIM)
+    relative_weights = load_matrices(relative, head, 16)
+    value_weights = load_matrices(value_weight, head, PADDED_DIM)
+    total = tl.zeros([BLOCKS, PADDED_DIM, 16], tl.float32)
+    square_total = tl.zeros([BLOCKS, PADDED_DIM, 16], tl.float32)
+    tiles = num_images * down * tl.cdiv(across, BLOCKS)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        n, row, cols = locate(tile, height, width, BLOCKS, BLOCK_SIZE)
+        inside, x0, x1, x2 = load_pixels(
+            image, image_strides, n, row, cols, height, width, IN_CHANNELS, BLOCK_SIZE
+        )
+        weights, value = attend(
+            x0, x1, x2, inside, products + head * 9, relative_weights, value_weights
+        )
+        result = tl.dot(value, weights, input_precision="ieee")
+        counted = tl.where(inside[:, None, :], result, 0.0)
+        total += counted
+        square_total += counted * counted
+        highest = tl.max(tl.where(inside[:, None, :], result, float("-inf")), 2)
+        plane = (n.to(tl.int64) * num_heads + head) * HEAD_DIM * down * across + row * across
+        index = channel[None] * (down * across) + cols[:, None]
+        mask = (channel < HEAD_DIM)[None] & (cols < across)[:, None]
+        tl.store(maximum + plane + index, convert(highest, maximum.dtype.element_ty), mask)
+    base = partial_sums + (tl.program_id(1) * 2 * num_heads + head) * PADDED_DIM
+    tl.store(base + channel, tl.sum(tl.sum(total, 0), 1))
+    tl.store(base + num_heads * PADDED_DIM + channel, tl.sum(tl.sum(square_total, 0), 1))
+
+
+@triton.jit
+def output_gradient(result, inside, grad_maximum, grad_sum, grad_square_sum):
+    """(B, D, P) from what arrives for the maxima (B, D), the sums and the sums of squares (D,)."""
+    candidates = tl.where(inside[:, None, :], result, float("-inf"))
+    is_highest = candidates == tl.max(candidates, 2)[:, :, None]
+    position = tl.arange(0, 16)[None, None]
+    # Of equal maxima the first one gets the gradient.
+    first = tl.min(tl.where(is_highest, position, 16), 2)
+    grad = grad_sum[None, :, None] + 2.0 * grad_square_sum[None, :, None] * result
+    grad += tl.where(position == first[:, :, None], grad_maximum[:, :, None], 0.0)
+    return tl.where(inside[:, None, :], grad, 0.0)
+
+
+@triton.jit(do_not_specialize=["num_images", "height", "width"])
+def pooled_backward_kernel(
+    image,
+    products,
+    relative,
+    value_weight,
+    grad_maximum,
+    grad_sum,
+    grad_square_sum,
+    grad_products,
+    grad_relative,
+    grad_value_weight,
+    image_strides,
+    grad_maximum_strides,
+    num_images,
+    height,
+    width,
+    IN_CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Many blocks of one head; writes this program's sums, each gradient (programs, heads, ...)."""
+    head, num_heads = tl.program_id(0), tl.num_programs(0)
+    across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
+    channel = tl.arange(0, PADDED_DIM)
+    out_channel = head * HEAD_DIM + channel
+    channel_mask = channel < HEAD_DIM
+    grad_of_sum = tl.load(grad_sum + out_channel, channel_mask, 0.0).to(tl.float32)
+    grad_of_square = tl.load(grad_square_sum + out_channel, channel_mask, 0.0).to(tl.float32)
+    relative_weights = load_matrices(relative, head, 16)
+    value_weights = load_matrices(value_weight, head, PADDED_DIM)
+    # For each channel of the query's pixel: sums of the gradients of logits, with each channel of
+    # the key's pixel (the rows; the fourth is unused) and by pair; of the values, by channel.
+    p0 = tl.zeros([BLOCKS, 4, 16], tl.float32)
+    p1, p2 = p0, p0
+    r0 = tl.zeros([BLOCKS, 16, 16], tl.float32)
+    r1, r2 = r0, r0
+    v0 = tl.zeros([BLOCKS, PADDED_DIM, 16], tl.float32)
+    v1, v2 = v0, v0
+    tiles = num_images * down * tl.cdiv(across, BLOCKS)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        n, row, cols = locate(tile, height, width, BLOCKS, BLOCK_SIZE)
+        inside, x0, x1, x2 = load_pixels(
+            image, image_strides, n, row, cols, height, width, IN_CHANNELS, BLOCK_SIZE
+        )
+        weights, value = attend(
+            x0, x1, x2, inside, products + head * 9, relative_weights, value_weights
+        )
+        result = tl.dot(value, weights, input_precision="ieee")
+        pointers = grad_maximum + n.to(tl.int64) * grad_maximum_strides[0]
+        pointers += row * grad_maximum_strides[2] + (cols * grad_maximum_strides[3])[:, None]
+        pointers += (out_channel * grad_maximum_strides[1])[None]
+        mask = channel_mask[None] & (cols < across)[:, None]
+        grad_of_maximum = tl.load(pointers, mask, 0.0).to(tl.float32)
+        grad = output_gradient(result, inside, grad_of_maximum, grad_of_sum, grad_of_square)
+        grad_value = tl.dot(grad, tl.trans(weights, 0, 2, 1), input_precision="ieee")
+        grad_weights = tl.dot(tl.trans(value, 0, 2, 1), grad, input_precision="ieee")
+        grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None, :])
+
+        v0 += x0[:, None, :] * grad_value
+        v1 += x1[:, None, :] * grad_value
+        v2 += x2[:, None, :] * grad_value
+        r0 += x0[:, None, :] * grad_logits
+        r1 += x1[:, None, :] * grad_logits
+        r2 += x2[:, None, :] * grad_logits
+        key0 = tl.sum(x0[:, :, None] * grad_logits, 1)[:, None, :]
+        key1 = tl.sum(x1[:, :, None] * grad_logits, 1)[:, None, :]
+        key2 = tl.sum(x2[:, :, None] * grad_logits, 1)[:, None, :]
+        row = tl.arange(0, 4)[None, :, None]
+        keys = tl.where(row == 0, key0, tl.where(row == 1, key1, tl.where(row == 2, key2, 0.0)))
+        p0 += x0[:, None, :] * keys
+        p1 += x1[:, None, :] * keys
+        p2 += x2[:, None, :] * keys
+    program = tl.program_id(1) * num_heads + head
+    store_matrices(grad_products, program, p0, p1, p2, 4)
+    store_matrices(grad_relative, program, r0, r1, r2, 16)
+    store_matrices(grad_value_weight, program, v0, v1, v2, PADDED_DIM)

@@ -1,0 +1,357 @@
+"""The Triton kernels: on CUDA, or else in Triton's interpreter; and compiled for a GPU anyway."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_local_attention import make_inputs
+from test_stem_attention import make_inputs as make_stem_inputs
+
+from sasa_det.ops import (
+    available_backends,
+    local_attention,
+    stem_attention_pooled,
+    use_backend,
+)
+from sasa_det.ops.calls import AttentionCall, StemCall
+from sasa_det.ops.eager_stem import Stem
+from sasa_det.ops.reference import local_attention_reference, stem_attention_reference
+from sasa_det.ops.triton import attention, stem
+from sasa_det.ops.triton.launch import interpreted
+
+UNAVAILABLE = available_backends()["triton"]
+DEVICE = "cpu" if interpreted() else "cuda"
+# Relative to the norm of the exact result.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# N, C, H, W, heads, kernel_size
+SHAPES = [
+    (2, 8, 5, 9, 2, 3),
+    (1, 6, 9, 10, 1, 7),  # head_dim 6; tiles reach over both borders
+    (1, 32, 6, 5, 1, 7),  # head_dim 32; the window is larger than the map
+    (1, 4, 1, 20, 2, 3),  # head_dim 2
+    (1, 8, 17, 1, 1, 9),
+    (2, 8, 1, 1, 2, 7),
+    (1, 16, 5, 19, 1, 11),
+    (1, 4, 3, 18, 1, 17),
+    (2, 4, 6, 5, 2, 1),
+]
+
+
+@pytest.fixture
+def backend():
+    if UNAVAILABLE:
+        pytest.skip("without CUDA these run in the subprocess of test_in_the_interpreter")
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.skipif(not UNAVAILABLE, reason="the tests run as they are")
+def test_in_the_interpreter():
+    # Triton reads the variable once, when it is imported.
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
+
+
+def on_device(inputs):
+    tensors = [None if x is None else x.detach().to(DEVICE).requires_grad_() for x in inputs]
+    return tensors, [x for x in tensors if x is not None]
+
+
+def check(inputs, options, *, change=lambda maps: maps, tolerance=None):
+    """Output and gradients against the reference; ``change`` lays out the maps in another way."""
+    inputs, leaves = on_device(inputs)
+    exact, exact_leaves = on_device([x if x is None else x.double() for x in inputs])
+    tolerance = tolerance or TOLERANCE[inputs[0].dtype]
+    output = local_attention(*change(inputs[:3]), *inputs[3:], **options)
+    expected = local_attention_reference(*exact, **options)
+    grad = torch.randn_like(output)
+    grads = torch.autograd.grad(output, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, exact_leaves, grad.double())
+    for actual, wanted in zip((output, *grads), (expected, *expected_grads)):
+        assert actual.dtype == inputs[0].dtype
+        error = (actual.double() - wanted).norm()
+        # Windows of a single position have gradients of zero.
+        assert error <= tolerance * wanted.norm().clamp_min(1.0)
+    return output
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference_and_so_do_its_gradients(shape):
+    check(*make_inputs(shape, torch.float32))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
+def test_attends_by_content_only(shape):
+    check(*make_inputs(shape, torch.float32, relative=False))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]], ids=str)
+def test_half_precision(shape, dtype):
+    check(*make_inputs(shape, dtype))
+
+
+def channels_last(maps):
+    return [x.to(memory_format=torch.channels_last) for x in maps]
+
+
+def slices_of_one_projection(maps):
+    return torch.cat(maps, dim=1).chunk(3, dim=1)
+
+
+def slices_with_channels_last(maps):
+    fused = torch.cat(maps, dim=1).to(memory_format=torch.channels_last)
+    return fused.chunk(3, dim=1)
+
+
+def three_layouts(maps):
+    query, key, value = maps
+    return [query, *channels_last([key]), value.mT.contiguous().mT]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    "change", [channels_last, slices_of_one_projection, slices_with_channels_last, three_layouts]
+)
+def test_any_strides(change):
+    inputs, options = make_inputs((1, 8, 5, 9, 2, 3), torch.float32)
+    output = check(inputs, options, change=change)
+    assert output.stride() == torch.empty_like(change(inputs[:3])[0]).stride()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_of_ten_thousands_are_no_problem(dtype):
+    inputs, options = make_inputs((1, 4, 5, 9, 1, 3), dtype)
+    large = [100 * inputs[0], 100 * inputs[1], *inputs[2:]]
+    # Neither is the map's border, where a chunk of keys may hold nothing that a query sees.
+    on, leaves = on_device(large)
+    output = local_attention(*on, **options)
+    grads = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert all(x.isfinite().all() for x in (output, *grads))
+    expected = local_attention_reference(*large, **options)
+    assert (output.cpu().double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_same_twice():
+    inputs, options = make_inputs((1, 8, 5, 9, 2, 3), torch.float32)
+    inputs, leaves = on_device(inputs)
+
+    def run():
+        output = local_attention(*inputs, **options)
+        return output, *torch.autograd.grad(output.square().sum(), leaves)
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run()))
+
+
+@pytest.mark.usefixtures("backend")
+def test_empty_batches():
+    inputs, options = make_inputs((1, 8, 5, 9, 2, 3), torch.float32)
+    inputs, leaves = on_device([*(x[:0] for x in inputs[:3]), *inputs[3:]])
+    output = local_attention(*inputs, **options)
+    assert output.shape == (0, 8, 5, 9)
+    for grad, x in zip(torch.autograd.grad(output.sum(), leaves), leaves):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+# N, H, W, C_in, C, heads, mixtures, block
+STEM_SHAPES = [
+    (2, 8, 22, 3, 16, 2, 4, 4),  # six blocks across, four of which are a program's
+    (1, 5, 6, 3, 8, 2, 4, 4),  # blocks reach over both borders
+    (2, 1, 1, 3, 4, 1, 2, 4),
+    (1, 6, 4, 1, 4, 2, 3, 2),
+    (1, 6, 7, 2, 12, 1, 2, 3),
+]
+
+
+def pooled_reference(*inputs, num_heads):
+    output = stem_attention_reference(*inputs, num_heads=num_heads)
+    block = inputs[4].shape[-1]
+    maximum = torch.nn.functional.max_pool2d(output, block, ceil_mode=True)
+    return maximum, output.sum(dim=(0, 2, 3)), output.square().sum(dim=(0, 2, 3))
+
+
+def check_pooled(shape, dtype, *, relative=True, change=lambda image: image):
+    inputs, heads = make_stem_inputs(shape, dtype, relative=relative, requires_grad=False)
+    (image, *inputs), leaves = on_device(inputs)
+    exact, exact_leaves = on_device([x if x is None else x.double() for x in (image, *inputs)])
+    outputs = stem_attention_pooled(change(image.detach()), *inputs, num_heads=heads)
+    expected = pooled_reference(*exact, num_heads=heads)
+    grads_in = [torch.randn_like(x) for x in outputs]
+    grads = torch.autograd.grad(outputs, leaves[1:], grads_in)
+    exact_grads_in = [x.double() for x in grads_in]
+    expected_grads = torch.autograd.grad(expected, exact_leaves[1:], exact_grads_in)
+    for actual, wanted in zip((*outputs, *grads), (*expected, *expected_grads)):
+        error = (actual.double() - wanted).norm()
+        assert error <= TOLERANCE[dtype] * wanted.norm().clamp_min(1.0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", STEM_SHAPES, ids=str)
+def test_pooled_stem_equals_the_reference_and_so_do_its_gradients(shape, dtype):
+    check_pooled(shape, dtype)
+
+
+@pytest.mark.usefixtures("backend")
+def test_pooled_stem_by_content_only_and_with_channels_last():
+    def channels_last(image):
+        return image.to(memory_format=torch.channels_last)
+
+    check_pooled(STEM_SHAPES[1], torch.float32, relative=False, change=channels_last)
+
+
+@pytest.mark.usefixtures("backend")
+def test_pooled_stem_of_an_empty_batch():
+    inputs, heads = make_stem_inputs(STEM_SHAPES[1], torch.float32, requires_grad=False)
+    (image, *inputs), leaves = on_device(inputs)
+    maximum, total, square_total = stem_attention_pooled(
+        image.detach()[:0], *inputs, num_heads=heads
+    )
+    assert maximum.shape == (0, 8, 2, 2)
+    assert not total.any()
+    grads = torch.autograd.grad(maximum.sum() + square_total.sum(), leaves[1:])
+    assert not any(x.any() for x in grads)
+
+
+def test_what_is_refused_is_named():
+    inputs, options = make_inputs((1, 8, 4, 4, 2, 19), torch.float32)
+    call = AttentionCall(*(x.to("meta") for x in inputs), **options)
+    assert attention.refuses(call) == "it does not serve tensors on meta"
+    if UNAVAILABLE:
+        with use_backend("triton"), pytest.raises(RuntimeError, match="tensors on cpu"):
+            local_attention(*inputs, **options)
+    else:
+        with use_backend("triton"), pytest.raises(RuntimeError, match="kernel_size=19"):
+            local_attention(*(x.to(DEVICE) for x in inputs), **options)
+        with use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.float64"):
+            local_attention(*(x.to(DEVICE).double() for x in inputs), **options)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it fails
+from sasa_det.ops import available_backends
+assert available_backends()["triton"] == "triton is not installed"
+"""
+
+
+def test_triton_need_not_be_installed():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON], check=True, cwd=ROOT)
+
+
+def compile_for_hopper(launch):
+    """What the compiler makes of a launch for sm_90; it needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    constants, attributes = {}, {}
+
+    def type_of(x, path, specialize=True):
+        """As ``triton.jit`` specialises what a kernel is called with."""
+        if isinstance(x, tuple):
+            return tuple(type_of(item, (*path, i)) for i, item in enumerate(x))
+        if x is None or (specialize and isinstance(x, int) and x == 1):
+            constants[path] = x
+            return "constexpr"
+        if isinstance(x, torch.Tensor) or (specialize and x % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        return types[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+
+    signature = {}
+    for i, param in enumerate(launch.kernel.params):
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[i,] = launch.constants[param.name]
+        else:
+            x = launch.arguments[param.name]
+            signature[param.name] = type_of(x, (i,), not param.do_not_specialize)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+
+
+def attention_launches(dtype, layout, head_dim, kernel_size, relative=True):
+    heads, height, width = 4, 20, 30
+    channels = heads * head_dim
+    fused = torch.empty(2, 3 * channels, height, width, dtype=dtype, device="meta")
+    maps = fused.to(memory_format=layout).chunk(3, dim=1)
+    embedding = None
+    if relative:
+        embedding = torch.empty(heads, kernel_size, head_dim // 2, dtype=dtype, device="meta")
+    call = AttentionCall(*maps, embedding, embedding, heads, kernel_size)
+    grad = torch.empty_like(call.query)
+    logsumexp = torch.empty(2, heads, height, width, device="meta")
+    partial_sums = attention.new_partial_sums(call)
+    return [
+        attention.forward_launch(call, grad, logsumexp),
+        attention.query_gradient_launch(call, grad, grad, logsumexp, grad, logsumexp, partial_sums),
+        attention.key_value_gradient_launch(call, grad, logsumexp, logsumexp, grad, grad),
+    ]
+
+
+def stem_launches(dtype, in_channels=3):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, channels, embeddings = 8, 64, empty(8, 7, 4)
+    call = StemCall(
+        empty(2, in_channels, 64, 96),
+        empty(channels, in_channels),
+        empty(channels, in_channels),
+        empty(4, channels, in_channels),
+        empty(4, 4, 4),
+        embeddings,
+        embeddings,
+        heads,
+    )
+    parameters, maximum = Stem(call), empty(2, channels, 16, 24)
+    partial_sums = stem.new_partial_sums(call, 1)
+    sums = empty(channels, dtype=torch.float32)
+    return [
+        stem.forward_launch(call, parameters, maximum, partial_sums),
+        stem.backward_launch(call, parameters, (maximum, sums, sums), [partial_sums] * 3),
+    ]
+
+
+COMPILED = [
+    (torch.bfloat16, torch.channels_last, 32, 7, True),
+    (torch.float16, torch.contiguous_format, 32, 7, True),
+    (torch.float32, torch.contiguous_format, 32, 7, True),
+    (torch.bfloat16, torch.contiguous_format, 64, 11, True),
+    (torch.float16, torch.channels_last, 2, 3, True),
+    (torch.bfloat16, torch.channels_last, 6, 1, False),
+    (torch.bfloat16, torch.channels_last, 16, 17, True),
+]
+
+
+# The interpreter accepts what the compiler does not.
+@pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
+@pytest.mark.parametrize(("dtype", "layout", "head_dim", "kernel_size", "relative"), COMPILED)
+def test_compiles_for_a_gpu(dtype, layout, head_dim, kernel_size, relative):
+    pytest.importorskip("triton")
+    for launch in attention_launches(dtype, layout, head_dim, kernel_size, relative):
+        kernel = compile_for_hopper(launch)
+        assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32)
+        assert kernel.metadata.shared < 48 * 1024  # what every GPU has
+
+
+@pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
+@pytest.mark.parametrize(("dtype", "in_channels"), [(torch.bfloat16, 3), (torch.float32, 1)])
+def test_pooled_stem_compiles_for_a_gpu(dtype, in_channels):
+    pytest.importorskip("triton")
+    for launch in stem_launches(dtype, in_channels):
+        assert compile_for_hopper(launch).metadata.shared < 48 * 1024
