@@ -179,6 +179,13 @@ def test_autocast_computes_in_the_autocast_dtype():
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
 
+def test_autocast_does_not_reach_into_the_operator(backend):
+    inputs, options = make_inputs(SHAPES[0], torch.bfloat16)
+    expected = local_attention(*inputs, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(local_attention(*inputs, **options), expected)
+
+
 def test_flops_are_counted_by_torch():
     n, channels, height, width, _, kernel_size = SHAPES[1]
     inputs, options = make_inputs(SHAPES[1], torch.float32, requires_grad=True)

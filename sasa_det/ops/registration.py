@@ -5,6 +5,8 @@ Autograd, ``torch.compile``, ``torch.export`` and FLOP counters see one node a c
 computes it.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,9 +29,21 @@ _STEM = (
 )
 
 
+def _without_autocast(operator: Callable) -> Callable:
+    """The tensors have been cast already; autocast would reach into what computes in float32."""
+
+    @wraps(operator)
+    def call(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return operator(*arguments)
+
+    return call
+
+
 @custom_op(
     "sasa_det::local_attention", mutates_args=(), schema=f"({_ATTENTION}) -> (Tensor, Tensor)"
 )
+@_without_autocast
 def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The output, and (N, heads, H, W) log-sum-exp of the logits in the compute dtype."""
     call = AttentionCall(*arguments)
@@ -41,6 +55,7 @@ def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"(Tensor grad_output, Tensor? output, Tensor logsumexp, {_ATTENTION}) -> Tensor[]",
 )
+@_without_autocast
 def local_attention_backward_op(
     grad_output: Tensor, output: Tensor | None, logsumexp: Tensor, *arguments: Any
 ) -> list[Tensor]:
@@ -54,6 +69,7 @@ def local_attention_backward_op(
 
 
 @custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
+@_without_autocast
 def stem_attention_op(*arguments: Any) -> Tensor:
     call = StemCall(*arguments)
     return choose("stem_attention", call).forward(call)
@@ -64,6 +80,7 @@ def stem_attention_op(*arguments: Any) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad_output, bool image_gradient, {_STEM}) -> Tensor[]",
 )
+@_without_autocast
 def stem_attention_backward_op(
     grad_output: Tensor, image_gradient: bool, *arguments: Any
 ) -> list[Tensor]:
@@ -77,6 +94,7 @@ def stem_attention_backward_op(
     mutates_args=(),
     schema=f"({_STEM}) -> (Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def stem_attention_pooled_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = StemCall(*arguments)
     return choose("stem_attention_pooled", call).forward(call)
@@ -87,6 +105,7 @@ def stem_attention_pooled_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     mutates_args=(),
     schema=f"(Tensor grad_maximum, Tensor grad_sum, Tensor grad_square_sum, {_STEM}) -> Tensor[]",
 )
+@_without_autocast
 def stem_attention_pooled_backward_op(
     grad_maximum: Tensor, grad_sum: Tensor, grad_square_sum: Tensor, *arguments: Any
 ) -> list[Tensor]:

@@ -47,7 +47,7 @@ def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = cdiv(height, block_size), cdiv(width, block_size)
     maximum = call.image.new_empty(n, channels, rows, cols)
     sums = new_partial_sums(call, 2, call.num_heads, constants(call)["PADDED_DIM"])
-    with on_device(call.image), _without_autocast(call):
+    with on_device(call.image):
         forward_launch(call, Stem(call), maximum, sums).run()
     head_dim = channels // call.num_heads
     total, square_total = sums.sum(dim=0)[..., :head_dim].flatten(1)
@@ -60,7 +60,7 @@ def backward(
     heads, padded_dim = call.num_heads, constants(call)["PADDED_DIM"]
     # As the kernel's inputs, but of the products one a query: (programs, heads, channels, ..., P).
     sums = [new_partial_sums(call, heads, 3, size, 16) for size in (4, 16, padded_dim)]
-    with on_device(call.image), _without_autocast(call):
+    with on_device(call.image):
         stem = Stem(call)
         grads = (grad_maximum, grad_total.contiguous(), grad_square_total.contiguous())
         backward_launch(call, stem, grads, sums).run()
@@ -82,11 +82,6 @@ def _parameter_gradients(call: StemCall, stem: Stem, sums: list[Tensor]) -> list
         relative = relative[:, :, :positions, :positions]
         stem.grad_relative_weight_at += relative.permute(3, 1, 0, 2).flatten(2)
     return stem.parameter_gradients()
-
-
-def _without_autocast(call: StemCall) -> torch.autocast:
-    # It reaches into operators, and would round the parameters' products.
-    return torch.autocast(call.image.device.type, enabled=False)
 
 
 def forward_launch(call: StemCall, stem: Stem, maximum: Tensor, partial_sums: Tensor) -> Launch:
