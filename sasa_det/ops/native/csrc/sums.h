@@ -3,7 +3,13 @@
    x, y and sums are rows of some channels, `stride` floats apart, at the vector that is worked on;
    y is seen with `cols` shifts by columns, which are `step` floats apart. */
 
+#if LANES == 16
+#define AT_ONCE 13 /* columns, with 32 registers */
+#else
 #define AT_ONCE 8
+#endif
+#define MOST_AT_ONCE 13
+#define UNROLL _Pragma("GCC unroll 13")
 
 INLINE int chunk_of(int64_t left) {
     if (left <= AT_ONCE) return (int)left;
@@ -21,7 +27,12 @@ INLINE int chunk_of(int64_t left) {
     case 5: BODY(5, step); break;                                                                  \
     case 6: BODY(6, step); break;                                                                  \
     case 7: BODY(7, step); break;                                                                  \
-    default: BODY(8, step); break;                                                                 \
+    case 8: BODY(8, step); break;                                                                  \
+    case 9: BODY(9, step); break;                                                                  \
+    case 10: BODY(10, step); break;                                                                \
+    case 11: BODY(11, step); break;                                                                \
+    case 12: BODY(12, step); break;                                                                \
+    default: BODY(13, step); break;                                                                \
     }
 #define WITH_CONSTANTS(count, step)                                                                \
     switch (step) {                                                                                \
@@ -34,13 +45,13 @@ INLINE int chunk_of(int64_t left) {
 
 INLINE void dots_of(const int count, const int step, const float *x, int64_t x_stride,
                     const float *y, int64_t stride, int64_t channels, V *dots) {
-    V total[AT_ONCE];
-    for (int o = 0; o < count; o++) total[o] = (V){0};
+    V total[MOST_AT_ONCE];
+    UNROLL for (int o = 0; o < count; o++) total[o] = (V){0};
     for (int64_t c = 0; c < channels; c++, x += x_stride, y += stride) {
         V factor = load(x);
-        for (int o = 0; o < count; o++) total[o] += factor * load_shifted(y, o * step);
+        UNROLL for (int o = 0; o < count; o++) total[o] += factor * load_shifted(y, o * step);
     }
-    for (int o = 0; o < count; o++) dots[o] = total[o];
+    UNROLL for (int o = 0; o < count; o++) dots[o] = total[o];
 }
 
 /* dots[o] = sum over channels of x times y shifted by column o. */
@@ -56,11 +67,11 @@ static void dots(const float *x, int64_t x_stride, const float *y, int64_t strid
 
 INLINE void add_weighted_of(const int count, const int step, const V *weights, const float *y,
                             int64_t stride, int64_t channels, float *sums, int64_t sums_stride) {
-    V weight[AT_ONCE];
-    for (int o = 0; o < count; o++) weight[o] = weights[o];
+    V weight[MOST_AT_ONCE];
+    UNROLL for (int o = 0; o < count; o++) weight[o] = weights[o];
     for (int64_t c = 0; c < channels; c++, y += stride, sums += sums_stride) {
         V total = load(sums);
-        for (int o = 0; o < count; o++) total += weight[o] * load_shifted(y, o * step);
+        UNROLL for (int o = 0; o < count; o++) total += weight[o] * load_shifted(y, o * step);
         store(sums, total);
     }
 }
