@@ -88,8 +88,11 @@ def test_two_runs_are_the_same_to_the_bit(shape, backend):
         assert torch.equal(first, second)
 
 
-def test_bands_of_one_head_add_up_to_the_whole(monkeypatch):
-    inputs, options = make_inputs((1, 8, 64, 24, 1, 5), torch.float32)
+@pytest.mark.parametrize("width", [32, 24, 8], ids=lambda width: f"width {width}")
+def test_bands_of_one_head_add_up_to_the_whole(width, monkeypatch):
+    if available_backends()["native"] is not None:
+        pytest.skip("bands are the native backend's")
+    inputs, options = make_inputs((1, 8, 64, width, 1, 5), torch.float32)
     with use_backend("native"):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         whole = gradients(inputs, options, inputs[0])
@@ -128,7 +131,61 @@ def test_projecting_anew_changes_no_gradient(relative, backend):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", range(3), ids=["query", "key", "value"])
+def test_what_is_not_a_number_is_not_hidden(position, backend):
+    inputs, options = make_inputs(SHAPES[1], torch.float32)
+    inputs[position][0, 0, 4, 5] = float("nan")
+    output = local_attention(*inputs, **options)
+    assert output[0, 0, 4, 5].isnan()
+    assert output[0, :, 13, 12].isfinite().all()  # out of reach
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_matter(dtype, backend):
+    inputs, options = make_inputs(SHAPES[1], torch.float32)
+    wanted = gradients(inputs, options, inputs[0])
+    torch.set_default_dtype(dtype)
+    try:
+        actual = gradients(inputs, options, inputs[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, w) for a, w in zip(actual, wanted))
+
+
+def test_a_gradient_may_come_expanded(backend):
+    inputs, options = make_inputs(SHAPES[1], torch.float32)
+    ones = torch.ones_like(inputs[0])
+    wanted = gradients(inputs, options, ones)
+    actual = gradients(inputs, options, torch.ones(()).expand_as(ones))
+    for a, w in zip(actual, wanted):
+        torch.testing.assert_close(a, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel_size": 7}, r"rel_rows must have the shape \(2, 7, 2\)"),
+        ({"rel_cols": None}, "must be given together"),
+        ({"num_heads": 3}, "8 channels do not divide into num_heads=3"),
+        ({"weight": torch.zeros(25, 8, 1, 1)}, "value must have the shape"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_wrong_arguments_do_not_reach_the_kernels(change, message):
+    arguments = {"x": torch.zeros(1, 8, 6, 6), "weight": torch.zeros(24, 8, 1, 1)}
+    arguments |= {name: torch.zeros(2, 5, 2) for name in ("rel_rows", "rel_cols")}
+    arguments |= {"num_heads": 2, "kernel_size": 5, **change}
+    arguments["x"].requires_grad_()
+    with pytest.raises(ValueError, match=message):
+        projected_attention(**arguments)
+
+
 # Choosing.
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_where_there_is_a_compiler_there_are_kernels():
+    assert available_backends()["native"] is None
 
 
 def test_the_eager_backend_is_everywhere():

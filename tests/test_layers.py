@@ -87,6 +87,39 @@ except ImportError as error:
 """
 
 
+def test_the_layer_compiles_and_keeps_no_queries_keys_and_values():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2)
+    x = torch.randn(1, 16, 14, 13, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = layer(x)
+    parameters = sum(p.numel() for p in layer.parameters())
+    assert sum(t.numel() for t in saved) <= 1.2 * x.numel() + parameters
+    wanted = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    actual = torch.autograd.grad(compiled.square().sum(), [x, *layer.parameters()])
+    for a, w in zip(actual, wanted):
+        torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_projection_and_a_backward_under_autocast():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2)
+    layer.projection.requires_grad_(False)
+    output = layer(torch.randn(1, 16, 14, 13))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output.sum().backward()
+    assert layer.projection.weight.grad is None
+    assert layer.rel_rows.grad.abs().sum() > 0
+
+
+def test_hooks_on_the_projection_are_called():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2)
+    x = torch.randn(1, 16, 8, 9)
+    expected = layer(x)
+    layer.projection.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert (layer(x) - expected).abs().max() > 0.1
+
+
 def test_without_detectron2_the_operator_works_and_one_sentence_says_what_to_install():
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_DETECTRON2], capture_output=True, text=True, check=True

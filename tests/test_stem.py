@@ -63,6 +63,36 @@ def test_it_serves_frozen_norms_and_averages_without_momentum():
     torch.testing.assert_close(stem(images), at_full_resolution(stem, images))
 
 
+def test_it_works_in_bfloat16_and_with_hooks_on_its_norm():
+    images = torch.randn(2, 3, 16, 16)
+    stem = make_stem().float()
+    half = copy.deepcopy(stem).bfloat16()
+    for training in (True, False):
+        wanted = stem.train(training)(images)
+        error = (half.train(training)(images.bfloat16()).float() - wanted).norm()
+        assert error <= 2e-2 * wanted.norm()
+    called = []
+    stem.norm.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(stem(images), wanted, rtol=1e-4, atol=1e-5)
+    assert called
+
+
+def test_norms_without_running_statistics_or_weights_are_served():
+    images = torch.randn(2, 3, 8, 8)
+    for options in ({"track_running_stats": False}, {"affine": False}):
+        stem = AttentionStem(3, 16, norm=lambda c, options=options: nn.BatchNorm2d(c, **options))
+        plain = copy.deepcopy(stem)
+        torch.testing.assert_close(stem(images), at_full_resolution(plain, images))
+
+
+def test_a_norm_that_starts_at_zero_learns():
+    stem = make_stem()
+    nn.init.zeros_(stem.norm.weight)
+    nn.init.ones_(stem.norm.bias)
+    stem(torch.randn(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+    assert stem.norm.weight.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("norm", ["GN", ""])
 def test_with_other_norms_it_keeps_the_full_resolution(norm):
     stem = AttentionStem(3, 32, norm=norm)

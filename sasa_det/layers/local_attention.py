@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sasa_det.ops import local_attention_weights, projected_attention
+from sasa_det.ops import local_attention, local_attention_weights, projected_attention
 from sasa_det.ops.checks import check_heads, check_kernel_size
 
 EMBEDDING_STD = 0.1
@@ -51,15 +51,15 @@ class LocalSelfAttention2d(nn.Module):
         init_projection(self.projection.weight, out_channels, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return projected_attention(
-            x,
-            self.projection.weight,
-            self.rel_rows,
-            self.rel_cols,
-            num_heads=self.num_heads,
-            kernel_size=self.kernel_size,
-            bias=self.projection.bias,
-        )
+        options = {"num_heads": self.num_heads, "kernel_size": self.kernel_size}
+        projection = self.projection
+        plain = type(projection) is nn.Conv2d and projection.bias is None
+        if plain and not has_hooks(projection):
+            return projected_attention(
+                x, projection.weight, self.rel_rows, self.rel_cols, **options
+            )
+        query, key, value = projection(x).chunk(3, dim=1)
+        return local_attention(query, key, value, self.rel_rows, self.rel_cols, **options)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""
@@ -100,6 +100,11 @@ class PreNormSelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(self.norm(x))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody counts on its forward being called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def make_embeddings(

@@ -88,7 +88,7 @@ class StemSelfAttention2d(nn.Module):
             x,
             query_weight,
             key_weight,
-            self.value_weights * channel_sign[:, None],
+            self.value_weights * channel_sign.to(self.value_weights.dtype)[:, None],
             self.mixture(),
             self.rel_rows,
             self.rel_cols,

@@ -6,6 +6,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
+from sasa_det.layers.local_attention import has_hooks
 
 from .norm import batch_norm_of_maximum, channel_sign, is_batch_norm
 
@@ -37,7 +38,7 @@ class AttentionStem(CNNBlockBase):
         self.norm = get_norm(norm, out_channels) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_batch_norm(self.norm) and not x.requires_grad:
+        if self._may_pool_first() and not x.requires_grad:
             # At full resolution the attention's output would be the detector's largest tensor.
             pooled = self.attention.pooled(x, channel_sign(self.norm))
             count = x.shape[0] * x.shape[2] * x.shape[3]
@@ -46,6 +47,12 @@ class AttentionStem(CNNBlockBase):
         x = F.relu(self.norm(self.attention(x)))
         # ceil_mode: a block clipped by the border still is one position of the output.
         return F.max_pool2d(x, kernel_size=4, stride=4, ceil_mode=True)
+
+    def _may_pool_first(self) -> bool:
+        norm = self.norm
+        if not is_batch_norm(norm) or has_hooks(norm):
+            return False
+        return getattr(norm, "process_group", None) is None
 
 
 class AttentionBottleneckBlock(CNNBlockBase):

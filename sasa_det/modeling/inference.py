@@ -4,15 +4,14 @@ import copy
 from typing import Any, TypeVar
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .blocks import AttentionBottleneckBlock
+from .norm import is_batch_norm
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def fold_batch_norm(model: Model) -> Model:
@@ -30,18 +29,16 @@ def fold_batch_norm(model: Model) -> Model:
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, Conv2d) and isinstance(module.norm, _BATCH_NORMS):
+        if isinstance(module, Conv2d) and is_batch_norm(module.norm):
             module.weight, module.bias = _fold(module.weight, module.bias, module.norm)
             module.norm = None
-        elif isinstance(module, AttentionBottleneckBlock) and isinstance(
-            module.attention_norm, _BATCH_NORMS
-        ):
+        elif isinstance(module, AttentionBottleneckBlock) and is_batch_norm(module.attention_norm):
             projection = module.attention.projection
             channels = module.attention.out_channels
             value = projection.weight[-channels:]
             value, value_bias = _fold(value, None, module.attention_norm)
             projection.weight[-channels:] = value
-            bias = torch.cat([torch.zeros(2 * channels, device=value.device), value_bias])
+            bias = torch.cat([value_bias.new_zeros(2 * channels), value_bias])
             projection.bias = nn.Parameter(bias, requires_grad=False)
             module.attention_norm = nn.Identity()
     return model

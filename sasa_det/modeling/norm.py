@@ -27,9 +27,10 @@ def attention_norm(norm: str, channels: int) -> nn.Module:
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
-    """Whether :func:`batch_norm_of_maximum` can stand for it."""
+    """Whether it is a batch norm that keeps running statistics, and no more than that."""
     # Exactly these: detectron2's NaiveSyncBatchNorm, a subclass, averages in its own way.
-    return type(norm) in (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    kinds = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    return type(norm) in kinds and norm.running_mean is not None
 
 
 def batch_norm_of_maximum(
@@ -44,12 +45,14 @@ def batch_norm_of_maximum(
             would do.
         maximum (Tensor[N, C, H', W']): pooled in some way.
         total, square_total (Tensor[C]): the sum of the map and of its squares, float32 or float64.
+            The variance is as accurate as their difference: the map's mean must not be hundreds of
+            times its standard deviation.
         count (int): positions of the map that were summed.
     """
     sign = channel_sign(norm)
-    weight = None if norm.weight is None else norm.weight.abs()
+    weight = None if norm.weight is None else norm.weight * sign
     if not norm.training or isinstance(norm, FrozenBatchNorm2d):
-        mean = sign * norm.running_mean
+        mean = sign.to(norm.running_mean.dtype) * norm.running_mean
         return F.batch_norm(maximum, mean, norm.running_var, weight, norm.bias, eps=norm.eps)
     moments = torch.cat([total, square_total, total.new_tensor([count])])
     if isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1:
@@ -69,7 +72,8 @@ def channel_sign(norm: Any) -> Tensor:
     """-1 for the channels in which a norm turns a maximum into a minimum, 1 for all others."""
     if norm.weight is None:
         return torch.ones_like(norm.running_mean)
-    return torch.where(norm.weight.detach() < 0, -1.0, 1.0)
+    # Not sign(): a weight of zero is to have a gradient.
+    return torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
 
 
 @torch.no_grad()

@@ -2,6 +2,20 @@
 
 from torch import Tensor
 
+from .calls import AttentionCall
+
+
+def check_attention(call: AttentionCall) -> None:
+    """All of a call of ``local_attention``."""
+    query = call.query
+    check_map("query", query)
+    check_tensor("key", call.key, query.shape, like=query)
+    check_tensor("value", call.value, query.shape, like=query)
+    head_dim = check_heads(query.shape[1], call.num_heads)
+    check_kernel_size(call.kernel_size)
+    shape = (call.num_heads, call.kernel_size, head_dim // 2)
+    check_embeddings(call.rel_rows, call.rel_cols, shape, like=query)
+
 
 def check_heads(channels: int, num_heads: int) -> int:
     """Returns head_dim, the channels of a head."""

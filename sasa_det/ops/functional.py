@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import eager, registration
 from .calls import AttentionCall, StemCall
-from .checks import check_embeddings, check_heads, check_kernel_size, check_map, check_tensor
+from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
 
 
 def local_attention(
@@ -59,8 +59,7 @@ def local_attention(
         torch.Size([2, 64, 20, 30])
     """
     query, key, value, rel_rows, rel_cols = cast_for_autocast(query, key, value, rel_rows, rel_cols)
-    _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
-    check_tensor("value", value, query.shape, like=query)
+    check_attention(AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size))
     output, _ = registration.local_attention_op(
         query, key, value, rel_rows, rel_cols, num_heads, kernel_size
     )
@@ -86,11 +85,10 @@ def local_attention_weights(
         window row by row from its top left; zero where it leaves the map. Not differentiable.
     """
     query, key, rel_rows, rel_cols = cast_for_autocast(query, key, rel_rows, rel_cols)
-    _check_attention(query, key, rel_rows, rel_cols, num_heads, kernel_size)
+    call = AttentionCall(query, key, key, rel_rows, rel_cols, num_heads, kernel_size)
+    check_attention(call)
     with torch.no_grad():
-        return eager.weights(
-            AttentionCall(query, key, key, rel_rows, rel_cols, num_heads, kernel_size)
-        )
+        return eager.weights(call)
 
 
 def stem_attention(
@@ -205,18 +203,3 @@ def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(
         t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others)
     )
-
-
-def _check_attention(
-    query: Tensor,
-    key: Tensor,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    num_heads: int,
-    kernel_size: int,
-) -> None:
-    check_map("query", query)
-    check_tensor("key", key, query.shape, like=query)
-    head_dim = check_heads(query.shape[1], num_heads)
-    check_kernel_size(kernel_size)
-    check_embeddings(rel_rows, rel_cols, (num_heads, kernel_size, head_dim // 2), like=query)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .calls import AttentionCall
+from .checks import check_attention
 from .functional import cast_for_autocast, local_attention
 from .registration import local_attention_backward_op, local_attention_op
 
@@ -18,7 +20,6 @@ def projected_attention(
     *,
     num_heads: int,
     kernel_size: int,
-    bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`local_attention` of queries, keys and values projected from ``x``.
 
@@ -30,18 +31,17 @@ def projected_attention(
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
         weight (Tensor[3 * C, C_in, 1, 1]): the rows of queries, keys and values, one after another.
         rel_rows, rel_cols, num_heads, kernel_size: as in :func:`local_attention`.
-        bias (Tensor[3 * C] or None): of the projections. With one, all is kept for the backward.
 
     Returns:
         Tensor[N, C, H, W].
     """
-    tensors = cast_for_autocast(x, weight, rel_rows, rel_cols, bias)
+    tensors = cast_for_autocast(x, weight, rel_rows, rel_cols)
     # A trace or an exported program is to show the two operators, not a node that hides them.
     recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if torch.is_grad_enabled() and not recorded and bias is None:
-        return _ProjectedAttention.apply(*tensors[:4], num_heads, kernel_size)
-    x, weight, rel_rows, rel_cols, bias = tensors
-    query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
+    if torch.is_grad_enabled() and not recorded:
+        return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
+    x, weight, rel_rows, rel_cols = tensors
+    query, key, value = F.conv2d(x, weight).chunk(3, dim=1)
     return local_attention(
         query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
     )
@@ -58,9 +58,11 @@ class _ProjectedAttention(torch.autograd.Function):
         num_heads: int,
         kernel_size: int,
     ) -> Tensor:
-        maps = F.conv2d(x, weight).chunk(3, dim=1)
-        output, logsumexp = local_attention_op(*maps, rel_rows, rel_cols, num_heads, kernel_size)
-        # On the CPU the backward does without the output.
+        query, key, value = F.conv2d(x, weight).chunk(3, dim=1)
+        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size)
+        check_attention(call)
+        output, logsumexp = local_attention_op(*call)
+        # On the CPU the native backward does without the output; eager computes it anew.
         kept_output = output if x.is_cuda else None
         ctx.save_for_backward(x, weight, rel_rows, rel_cols, logsumexp, kept_output)
         ctx.num_heads, ctx.kernel_size = num_heads, kernel_size
@@ -69,7 +71,9 @@ class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         x, weight, rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors
-        maps = F.conv2d(x, weight).chunk(3, dim=1)
+        # As in the forward, where autocast had been applied to the tensors.
+        with torch.autocast(x.device.type, enabled=False):
+            maps = F.conv2d(x, weight).chunk(3, dim=1)
         grad_maps, *grads = local_attention_backward_op(
             grad_output,
             output,

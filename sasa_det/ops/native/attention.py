@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..calls import AttentionCall, empty_gradient
+from ..checks import check_attention
 from . import library
 
 
@@ -14,7 +15,8 @@ def refuses(call: AttentionCall) -> str | None:
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     n, _, height, width = call.query.shape
     output = torch.empty_like(call.query)
-    logsumexp = torch.empty(n, call.num_heads, height, width)
+    shape = (n, call.num_heads, height, width)
+    logsumexp = call.query.new_empty(shape, dtype=torch.float32)
     arguments, _embeddings = _arguments(call, logsumexp)
     arguments.output = library.Map.of(output)
     library.run("sasa_det_attention_forward", arguments)
@@ -33,7 +35,8 @@ def backward(
     )
     if call.rel_rows is not None:
         # Each task adds up its own part, so that the sum does not depend on who is first.
-        parts = torch.zeros(call.query.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
+        shape = (call.query.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
+        parts = call.query.new_zeros(shape, dtype=torch.float32)
         arguments.grad_embeddings = parts.data_ptr()
     library.run("sasa_det_attention_backward", arguments)
     if call.rel_rows is not None:
@@ -45,6 +48,7 @@ def _arguments(
     call: AttentionCall, logsumexp: Tensor
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
     """What the library is called with, and the embeddings that it points to."""
+    check_attention(call)  # the kernels trust it
     n, channels, height, width = call.query.shape
     embeddings = [
         x if x is None else x.to(torch.float32).contiguous() for x in (call.rel_rows, call.rel_cols)

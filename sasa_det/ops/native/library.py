@@ -5,6 +5,7 @@ Python. ``setup.py`` compiles them where there is a compiler; without them the e
 """
 
 import ctypes
+import sysconfig
 import warnings
 from functools import cache
 from pathlib import Path
@@ -64,21 +65,35 @@ class StemArguments(ctypes.Structure):
 @cache
 def load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_kernels.*so"))
+    path = Path(__file__).parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    reason = None
     try:
-        library = ctypes.CDLL(str(found[0]))
-    except (IndexError, OSError) as error:
+        library = ctypes.CDLL(str(path))
+        if not _fits(library):
+            reason = "its C kernels were compiled for another version of sasa_det"
+    except OSError as error:
         reason = f"its C kernels do not load ({error})"
-        if not found:
+        if not path.exists():
             reason = "its C kernels were not compiled, for want of a C compiler"
-        warnings.warn(
-            f"On the CPU, attention runs on the slower eager path: {reason}. "
-            "Install sasa_det again where a C compiler is at hand.",
-            stacklevel=2,
-        )
-        return reason
-    library.sasa_det_instruction_set.restype = ctypes.c_int64
-    return library
+    if reason is None:
+        return library
+    warnings.warn(
+        f"On the CPU, attention runs on the slower eager path: {reason}. "
+        "Install sasa_det again where a C compiler is at hand.",
+        stacklevel=2,
+    )
+    return reason
+
+
+def _fits(library: ctypes.CDLL) -> bool:
+    """Whether the structures above are those that it was compiled with."""
+    functions = ("sasa_det_instruction_set", "sasa_det_size_of_attention_call")
+    for name in (*functions, "sasa_det_size_of_stem_call"):
+        if not hasattr(library, name):
+            return False
+        getattr(library, name).restype = ctypes.c_int64
+    sizes = (library.sasa_det_size_of_attention_call(), library.sasa_det_size_of_stem_call())
+    return sizes == (ctypes.sizeof(AttentionArguments), ctypes.sizeof(StemArguments))
 
 
 def unavailable() -> str | None:

@@ -44,7 +44,8 @@ def backward(
     library.run("sasa_det_stem_backward", arguments)
     flat = parts.sum(dim=0).split([x.numel() for x in weights])
     grads = _FoldedWeights(*(x.view_as(weight) for x, weight in zip(flat, weights)))
-    return [x.to(call.image.dtype) for x in _unfold(call, grads)]
+    # Contiguous, as the fake implementation promises.
+    return [x.to(call.image.dtype).contiguous() for x in _unfold(call, grads)]
 
 
 class _FoldedWeights(NamedTuple):

@@ -21,6 +21,10 @@ EXPORT int64_t sasa_det_instruction_set(void) {
     return BASELINE;
 }
 
+/* By which Python knows that it has the library that it was written for. */
+EXPORT int64_t sasa_det_size_of_attention_call(void) { return sizeof(AttentionCall); }
+EXPORT int64_t sasa_det_size_of_stem_call(void) { return sizeof(StemCall); }
+
 static const Kernels *kernels_for(int64_t instruction_set) {
 #if defined(__x86_64__)
     if (instruction_set == AVX512) return &kernels_avx512;

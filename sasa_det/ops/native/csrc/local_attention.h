@@ -1,4 +1,4 @@
-/* local_attention, forward and backward. Included once for each instruction set, by kernels.h.
+/* local_attention; its backward is in a file of its own. Included once for each instruction set, by kernels.h.
 
    A task is a band of rows of a head of an image. It walks down the rows of queries; the rows of
    keys and values in their window stand in a ring of scratch memory. Nothing else of the size of a
@@ -92,7 +92,8 @@ static void shape_task(Task *task, const AttentionCall *call) {
 static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
     Task task;
     shape_task(&task, call);
-    return lay_out(&task, NULL, backward) - (char *)NULL;
+    char *const nowhere = (char *)64;
+    return lay_out(&task, nowhere, backward) - nowhere;
 }
 
 static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,

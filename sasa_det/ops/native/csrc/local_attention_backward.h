@@ -65,7 +65,7 @@ static void add_to_row(Task *task, const float *kept, const float *rows, int64_t
     const int64_t cols = task->cols, pack = task->plain.pack;
     for (int64_t vector = 0; vector < task->plain.vectors; vector++) {
         int64_t at = vector * LANES;
-        V weights[cols];
+        V *weights = task->grads; /* done with by now */
         /* The query that sees a key o columns to its right stands o columns to the key's left. */
         for (int64_t o = 0; o < cols; o++)
             weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats +

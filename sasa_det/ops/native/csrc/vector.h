@@ -50,7 +50,7 @@ INLINE float sum_of_lanes(V x) {
 /* exp to about 1e-7 of its value; what is below exp(-87) becomes exp(-87). */
 INLINE V exponential(V x) {
     const float round = 12582912.0f; /* 1.5 * 2**23: adding it rounds to an integer */
-    x = maximum(x, splat(-87.0f));
+    x = maximum(splat(-87.0f), x); /* in this order NaN stays NaN */
     V shifted = x * 1.44269504f + round;
     V n = shifted - round;
     V r = x - n * 0.693145752f; /* log(2) in two parts, so that r is exact */
@@ -76,5 +76,6 @@ INLINE V logarithm(V x) {
     series = series * s2 + 0.4f;
     series = series * s2 + 0.666666667f;
     series = series * s2 + 2.0f;
-    return __builtin_convertvector(exponent, V) * 0.693147181f + s * series;
+    /* x - x keeps NaN, which has an exponent like any other. */
+    return __builtin_convertvector(exponent, V) * 0.693147181f + s * series + (x - x);
 }
