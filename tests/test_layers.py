@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d, StemSelfAttention2d
 
@@ -100,6 +101,27 @@ def test_the_layer_compiles_and_keeps_no_queries_keys_and_values():
     actual = torch.autograd.grad(compiled.square().sum(), [x, *layer.parameters()])
     for a, w in zip(actual, wanted):
         torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_formula():
+    layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
+    layer = PreNormSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
+    torch.nn.init.normal_(layer.norm.weight)
+    x = torch.randn(2, 32, 14, 13, requires_grad=True)
+    normed = []
+    hook = layer.norm.register_forward_hook(
+        lambda module, inputs, output: normed.append(StorageWeakRef(output.untyped_storage()))
+    )
+    output = layer(x)
+    hook.remove()
+    assert normed[0].expired()
+    wanted = x + layer.attention(layer.norm(x))
+    grad = torch.randn_like(x)
+    leaves = [x, *layer.parameters()]
+    for actual, expected in zip(
+        torch.autograd.grad(output, leaves, grad), torch.autograd.grad(wanted, leaves, grad)
+    ):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_frozen_projection_and_a_backward_under_autocast():

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sasa_det.ops import local_attention, local_attention_weights, projected_attention
 from sasa_det.ops.checks import check_heads, check_kernel_size
@@ -99,7 +100,24 @@ class PreNormSelfAttention2d(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(self.norm(x))
+        normed = self.norm(x)
+        # A group norm costs less to compute again than its output takes memory until the backward.
+        if not isinstance(self.norm, nn.GroupNorm) or torch.compiler.is_compiling():
+            return x + self.attention(normed)
+        kept = x.detach()  # which the norm keeps anyway
+        address = normed.data_ptr()  # not the tensor, which the closure would keep alive
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == address else saved
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            if packed is not None:
+                return packed
+            with torch.no_grad():
+                return self.norm(kept)
+
+        with saved_tensors_hooks(pack, unpack):
+            return x + self.attention(normed)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ static const Kernels *kernels_for(int64_t instruction_set) {
     if (instruction_set == AVX512) return &kernels_avx512;
     if (instruction_set == AVX2) return &kernels_avx2;
 #endif
+    (void)instruction_set;
     return &kernels_baseline;
 }
 
