@@ -52,15 +52,16 @@ class LocalSelfAttention2d(nn.Module):
         init_projection(self.projection.weight, out_channels, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {"num_heads": self.num_heads, "kernel_size": self.kernel_size}
+        embeddings = (self.rel_rows, self.rel_cols)
+        heads, size = self.num_heads, self.kernel_size
         projection = self.projection
-        plain = type(projection) is nn.Conv2d and projection.bias is None
-        if plain and not has_hooks(projection):
+        if type(projection) is nn.Conv2d and not has_hooks(projection):
+            weight, bias = projection.weight, projection.bias
             return projected_attention(
-                x, projection.weight, self.rel_rows, self.rel_cols, **options
+                x, weight, *embeddings, bias=bias, num_heads=heads, kernel_size=size
             )
         query, key, value = projection(x).chunk(3, dim=1)
-        return local_attention(query, key, value, self.rel_rows, self.rel_cols, **options)
+        return local_attention(query, key, value, *embeddings, num_heads=heads, kernel_size=size)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""

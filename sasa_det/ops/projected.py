@@ -1,5 +1,6 @@
 """The projections of an attention layer and its attention, with little kept for the backward."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from .checks import check_attention
 from .functional import cast_for_autocast, local_attention
 from .registration import local_attention_backward_op, local_attention_op
 
+# In bytes, of queries, keys and values together. glibc asks the system anew for each larger block,
+# and for its pages one by one, which can take longer than the attention.
+_LARGEST_MAPS = 2**25
+
 
 def projected_attention(
     x: Tensor,
@@ -20,6 +25,7 @@ def projected_attention(
     *,
     num_heads: int,
     kernel_size: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`local_attention` of queries, keys and values projected from ``x``.
 
@@ -31,20 +37,48 @@ def projected_attention(
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
         weight (Tensor[3 * C, C_in, 1, 1]): the rows of queries, keys and values, one after another.
         rel_rows, rel_cols, num_heads, kernel_size: as in :func:`local_attention`.
+        bias (Tensor[3 * C] or None): of the projections; the paper has none.
 
     Returns:
         Tensor[N, C, H, W].
     """
-    tensors = cast_for_autocast(x, weight, rel_rows, rel_cols)
-    # A trace or an exported program is to show the two operators, not a node that hides them.
-    recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if torch.is_grad_enabled() and not recorded:
+    tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
+    # A trace or an exported program is to show the two operators, not what is made of them here.
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        x, weight, bias, rel_rows, rel_cols = tensors
+        query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
+        return local_attention(
+            query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
+        )
+    groups = _groups(x, weight, num_heads)
+    if groups == 1:
         return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
-    x, weight, rel_rows, rel_cols = tensors
-    query, key, value = F.conv2d(x, weight).chunk(3, dim=1)
-    return local_attention(
-        query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
-    )
+    outputs = [
+        _ProjectedAttention.apply(*group, num_heads // groups, kernel_size)
+        for group in _split_heads(tensors, groups)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
+    """x, weight, bias and the two embeddings of each group of heads."""
+    x, weight, bias, *embeddings = tensors
+    rows = torch.arange(weight.shape[0], device=weight.device).view(3, groups, -1)
+    for group in range(groups):
+        of_group = rows[:, group].flatten()
+        group_bias = None if bias is None else bias[of_group]
+        group_embeddings = (None if e is None else e.chunk(groups)[group] for e in embeddings)
+        yield x, weight[of_group], group_bias, *group_embeddings
+
+
+def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
+    """How many groups of heads are computed one after another, for the sake of memory."""
+    channels = weight.shape[0]
+    if x.device.type != "cpu" or channels % (3 * max(num_heads, 1)):
+        return 1
+    size = x.shape[0] * channels * x.shape[2] * x.shape[3] * x.element_size()
+    divisors = [groups for groups in range(1, num_heads + 1) if num_heads % groups == 0]
+    return next((g for g in divisors if size <= g * _LARGEST_MAPS), num_heads)
 
 
 class _ProjectedAttention(torch.autograd.Function):
@@ -53,27 +87,28 @@ class _ProjectedAttention(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         rel_rows: Tensor | None,
         rel_cols: Tensor | None,
         num_heads: int,
         kernel_size: int,
     ) -> Tensor:
-        query, key, value = F.conv2d(x, weight).chunk(3, dim=1)
+        query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
         call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size)
         check_attention(call)
         output, logsumexp = local_attention_op(*call)
         # On the CPU the native backward does without the output; eager computes it anew.
         kept_output = output if x.is_cuda else None
-        ctx.save_for_backward(x, weight, rel_rows, rel_cols, logsumexp, kept_output)
+        ctx.save_for_backward(x, weight, bias, rel_rows, rel_cols, logsumexp, kept_output)
         ctx.num_heads, ctx.kernel_size = num_heads, kernel_size
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        x, weight, rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors
+        x, weight, bias, rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors
         # As in the forward, where autocast had been applied to the tensors.
         with torch.autocast(x.device.type, enabled=False):
-            maps = F.conv2d(x, weight).chunk(3, dim=1)
+            maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
         grad_maps, *grads = local_attention_backward_op(
             grad_output,
             output,
@@ -84,17 +119,17 @@ class _ProjectedAttention(torch.autograd.Function):
             ctx.num_heads,
             ctx.kernel_size,
         )
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        projection_grads = torch.ops.aten.convolution_backward(
             grad_maps,
             x,
             weight,
-            None,
+            weight.shape[:1],  # of the bias
             stride=[1, 1],
             padding=[0, 0],
             dilation=[1, 1],
             transposed=False,
             output_padding=[0, 0],
             groups=1,
-            output_mask=[*ctx.needs_input_grad[:2], False],
+            output_mask=ctx.needs_input_grad[:3],
         )
-        return grad_x, grad_weight, *(grads or (None, None)), None, None
+        return *projection_grads, *(grads or (None, None)), None, None
