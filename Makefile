@@ -5,13 +5,13 @@ export DETECTRON2_DATASETS ?= datasets
 
 .PHONY: demo test lint clean
 
-demo: .venv/.ready  ## train a small attention detector on the built-in dataset, and draw what it sees
+demo: .venv/.built  ## train a small attention detector on the built-in dataset, and draw what it sees
 	$(BIN)/python tools/demo.py
 
-test: .venv/.ready  ## all tests
+test: .venv/.built  ## all tests
 	$(BIN)/python -m pytest
 
-lint: .venv/.ready  ## style and types
+lint: .venv/.built  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -21,11 +21,15 @@ clean:  ## everything that the other targets made
 
 # detectron2 comes after torch, from a package that has its Python files only: hence the flags. Older
 # pips do not pass them on, newer ones refuse the package's optional dependencies.
-.venv/.ready: requirements.txt setup.py pyproject.toml $(wildcard sasa_det/ops/native/csrc/*)
+.venv/.ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet pip==25.3 setuptools==80.10.2 wheel==0.48.0
 	$(BIN)/python -m pip install --progress-bar off --requirement requirements.txt
 	$(BIN)/python -m pip install --no-build-isolation --no-deps detectron2-cdo==0.5 \
 		--config-settings=--global-option=build_py --config-settings=--build-option=--skip-build
-	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Compiles the kernels, if there is a C compiler.
+.venv/.built: .venv/.ready setup.py pyproject.toml $(wildcard sasa_det/ops/native/csrc/*)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
