@@ -71,7 +71,7 @@ def check(inputs, options, *, change=lambda maps: maps, tolerance=None):
     tolerance = tolerance or TOLERANCE[inputs[0].dtype]
     output = local_attention(*change(inputs[:3]), *inputs[3:], **options)
     expected = local_attention_reference(*exact, **options)
-    grad = torch.randn_like(output)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     grads = torch.autograd.grad(output, leaves, grad)
     expected_grads = torch.autograd.grad(expected, exact_leaves, grad.double())
     for actual, wanted in zip((output, *grads), (expected, *expected_grads)):
@@ -98,7 +98,11 @@ def test_attends_by_content_only(shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]], ids=str)
 def test_half_precision(shape, dtype):
-    check(*make_inputs(shape, dtype))
+    (query, *others), options = make_inputs(shape, dtype)
+    # Logits of unit variance, as a layer starts with: weights are rounded for the tensor cores, and
+    # the sharper the softmax, the more of that is seen.
+    head_dim = query.shape[1] // options["num_heads"]
+    check([query * head_dim**-0.5, *others], options)
 
 
 def channels_last(maps):
@@ -189,6 +193,7 @@ def check_pooled(shape, dtype, *, relative=True, change=lambda image: image):
     exact, exact_leaves = on_device([x if x is None else x.double() for x in (image, *inputs)])
     outputs = stem_attention_pooled(change(image.detach()), *inputs, num_heads=heads)
     expected = pooled_reference(*exact, num_heads=heads)
+    torch.manual_seed(1)
     grads_in = [torch.randn_like(x) for x in outputs]
     grads = torch.autograd.grad(outputs, leaves[1:], grads_in)
     exact_grads_in = [x.double() for x in grads_in]
