@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sasa_det.ops import available_backends, use_backend
 
@@ -15,6 +16,12 @@ COCO_SLICE = ROOT.parent / "shared" / "data"
 
 # The built-in dataset is generated once, for the demo and for the tests.
 os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """torch seeds itself differently in each process; a test is to pass or fail alike each time."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
