@@ -103,7 +103,8 @@ class PreNormSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         # A group norm costs less to compute again than its output takes memory until the backward.
-        if not isinstance(self.norm, nn.GroupNorm) or torch.compiler.is_compiling():
+        recomputes = isinstance(self.norm, nn.GroupNorm) and torch.is_grad_enabled()
+        if not recomputes or torch.compiler.is_compiling():
             return x + self.attention(normed)
         kept = x.detach()  # which the norm keeps anyway
         address = normed.data_ptr()  # not the tensor, which the closure would keep alive

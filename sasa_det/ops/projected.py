@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import AttentionCall
-from .checks import check_attention
 from .functional import cast_for_autocast, local_attention
 from .registration import local_attention_backward_op, local_attention_op
 
@@ -93,10 +91,8 @@ class _ProjectedAttention(torch.autograd.Function):
         num_heads: int,
         kernel_size: int,
     ) -> Tensor:
-        query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
-        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size)
-        check_attention(call)
-        output, logsumexp = local_attention_op(*call)
+        maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
+        output, logsumexp = local_attention_op(*maps, rel_rows, rel_cols, num_heads, kernel_size)
         # On the CPU the native backward does without the output; eager computes it anew.
         kept_output = output if x.is_cuda else None
         ctx.save_for_backward(x, weight, bias, rel_rows, rel_cols, logsumexp, kept_output)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import flops
 from .backends import choose
 from .calls import AttentionCall, StemCall, compute_dtype, empty_gradient
+from .checks import check_attention
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
 _ATTENTION = (
@@ -47,6 +48,7 @@ def _without_autocast(operator: Callable) -> Callable:
 def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The output, and (N, heads, H, W) log-sum-exp of the logits in the compute dtype."""
     call = AttentionCall(*arguments)
+    check_attention(call)  # here, because compiled backends trust it
     return choose("local_attention", call).forward(call)
 
 
@@ -65,6 +67,7 @@ def local_attention_backward_op(
     other than the native one some work, where it is given.
     """
     call = AttentionCall(*arguments)
+    check_attention(call)
     return choose("local_attention", call).backward(call, grad_output, output, logsumexp)
 
 

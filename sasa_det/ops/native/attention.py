@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..calls import AttentionCall, empty_gradient
-from ..checks import check_attention
 from . import library
 
 
@@ -48,7 +47,6 @@ def _arguments(
     call: AttentionCall, logsumexp: Tensor
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
     """What the library is called with, and the embeddings that it points to."""
-    check_attention(call)  # the kernels trust it
     n, channels, height, width = call.query.shape
     embeddings = [
         x if x is None else x.to(torch.float32).contiguous() for x in (call.rel_rows, call.rel_cols)

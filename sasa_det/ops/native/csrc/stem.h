@@ -168,10 +168,15 @@ INLINE void stem_attend(StemTask *task, int64_t vector, int64_t head, const int 
     }
 }
 
+/* The paper's stem, for which loops are compiled with constants. */
+INLINE bool has_usual_shape(const StemCall *c) {
+    return c->in_channels == 3 && c->block_size == 4 && c->head_dim == 8;
+}
+
 static void stem_attend_any(StemTask *task, int64_t vector, int64_t head) {
     const StemCall *c = task->call;
-    if (c->in_channels == 3 && c->block_size == 4 && c->head_dim == 8)
-        stem_attend(task, vector, head, 3, 4, 8); /* the paper's stem, with constants */
+    if (has_usual_shape(c))
+        stem_attend(task, vector, head, 3, 4, 8);
     else
         stem_attend(task, vector, head, c->in_channels, c->block_size, c->head_dim);
 }

@@ -88,7 +88,7 @@ static void stem_backward_task(const void *arguments, int64_t index, char *scrat
             for (int64_t vector = 0; vector < task.vectors; vector++) {
                 stem_attend_any(&task, vector, head);
                 stem_output_gradients(&task, row, vector, head);
-                if (c->in_channels == 3 && c->block_size == 4 && c->head_dim == 8)
+                if (has_usual_shape(c))
                     stem_gradients(&task, vector, head, 3, 4, 8);
                 else
                     stem_gradients(&task, vector, head, c->in_channels, c->block_size, c->head_dim);
