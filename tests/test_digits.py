@@ -86,9 +86,35 @@ def test_training_and_validation_share_no_handwriting():
     assert not any(sample.tobytes() in known for sample in val)
 
 
+def test_the_hard_variant_hides_more_and_adds_pieces_that_are_no_objects(tmp_path):
+    plain, hard = digits.VARIANTS
+    assert hard.min_visible < plain.min_visible
+    for variant in digits.VARIANTS:
+        generate_digits(tmp_path / variant.name, "val", num_images=40, seed=3, variant=variant)
+    contents = [
+        json.loads((tmp_path / variant.name / "val.json").read_text())
+        for variant in digits.VARIANTS
+    ]
+    # More of the ground is bright, although the boxes cover hardly more of it.
+    unlabelled = [
+        np.mean([bright_outside_boxes(tmp_path / v.name / "val", c, i) for i in range(1, 41)])
+        for v, c in zip(digits.VARIANTS, contents)
+    ]
+    assert unlabelled[1] > 3 * unlabelled[0]
+
+
+def bright_outside_boxes(folder, content, image_id):
+    picture = np.array(Image.open(folder / f"{image_id:06d}.jpg").convert("L"))
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == image_id:
+            x, y, width, height = annotation["bbox"]
+            picture[y : y + height, x : x + width] = 0
+    return (picture > 150).mean()
+
+
 def test_it_is_generated_on_first_use_and_then_only_read(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setitem(digits.NUM_IMAGES, "val", 5)
+    monkeypatch.setitem(digits.VARIANTS[0].num_images, "val", 5)
     check_datasets(["sasa_digits_val"])
     samples = DatasetCatalog.get("sasa_digits_val")
     assert len(samples) == 5

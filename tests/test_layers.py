@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d, StemSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d, StemSelfAttention2d
 
 
 @pytest.mark.parametrize("position", ["relative", "none"])
@@ -31,10 +31,10 @@ def test_logits_of_a_normalised_input_start_at_unit_variance():
     assert value.std().item() == pytest.approx(1, rel=0.1)
 
 
-def test_pre_norm_attention_starts_from_its_input_whatever_the_scale():
+def test_pre_activation_attention_starts_from_its_input_whatever_the_scale():
     torch.manual_seed(0)
     attention = LocalSelfAttention2d(32, 32, num_heads=4)
-    layer = PreNormSelfAttention2d(attention, torch.nn.GroupNorm(8, 32))
+    layer = PreActivationSelfAttention2d(attention, torch.nn.GroupNorm(8, 32))
     x = torch.randn(1, 32, 9, 9)
     torch.testing.assert_close(layer(100 * x) - 100 * x, layer(x) - x, rtol=1e-3, atol=1e-3)
 
@@ -105,7 +105,7 @@ def test_the_layer_compiles_and_keeps_no_queries_keys_and_values():
 
 def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_formula():
     layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
-    layer = PreNormSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
+    layer = PreActivationSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
     torch.nn.init.normal_(layer.norm.weight)
     x = torch.randn(2, 32, 14, 13, requires_grad=True)
     normed = []
@@ -115,7 +115,7 @@ def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_for
     output = layer(x)
     hook.remove()
     assert normed[0].expired()
-    wanted = x + layer.attention(layer.norm(x))
+    wanted = x + layer.attention(torch.relu(layer.norm(x)))
     grad = torch.randn_like(x)
     leaves = [x, *layer.parameters()]
     for actual, expected in zip(

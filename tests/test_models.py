@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 
 from sasa_det.config import load_config
 from sasa_det.engine import Trainer
-from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.modeling import (
     AttentionBottleneckBlock,
     AttentionStem,
@@ -117,7 +117,7 @@ def test_the_head_starts_at_the_prior_of_the_focal_loss():
     assert [x.shape[1] for x in logits] == [6 * 5] * 5
     assert [x.shape[1] for x in deltas] == [6 * 4] * 5
     assert logits[0].sigmoid().mean().item() == pytest.approx(0.01, rel=0.05)
-    towers = [m for m in model.head.modules() if isinstance(m, PreNormSelfAttention2d)]
+    towers = [m for m in model.head.modules() if isinstance(m, PreActivationSelfAttention2d)]
     assert len(towers) == 6
 
 

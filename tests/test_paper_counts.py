@@ -104,7 +104,7 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "paper, Table 2" in run.stdout
     cost = json.loads(path.read_text())
-    assert cost["params"] == 21985332
+    assert cost["params"] == 21986356
     assert cost["paper"] == {"gflops": 110, "params_m": 22.0}
     assert set(cost["parts"]) == {"stem", "res2", "res3", "res4", "res5", "fpn", "head"}
 

@@ -122,7 +122,7 @@ def draw_attention(axes: np.ndarray, model: nn.Module, sample: dict, detection: 
 
 def head_attention(model: nn.Module, sample: dict) -> tuple[np.ndarray, int]:
     """The attention of the last layer of the class tower on its finest level, and its stride."""
-    attention = model.head.cls_subnet[-2].attention
+    attention = model.head.cls_subnet[-1].attention
     inputs: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with torch.no_grad():

@@ -1,15 +1,18 @@
-"""The built-in dataset: handwritten digits in clutter, generated on first use.
+"""The built-in datasets: handwritten digits in clutter, generated on first use.
 
 Real handwriting (scikit-learn's copy of the UCI digits, 8x8 pixels) is pasted at three sizes, in
 pale colours, rotated, overlapping, on dark noisy ground with strokes as distractors. COCO format;
 the writing of the training images and that of the validation images are different samples.
+
+``sasa_digits`` is for the demo; ``sasa_digits_hard``, with pieces of digits that are no objects,
+more of each digit hidden, and more rotation, contrast and noise, is for comparing detectors.
 """
 
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,7 +21,7 @@ from iopath.common.file_io import file_lock
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 128
-NUM_IMAGES = {"train": 3000, "val": 200}
+SPLITS = ("train", "val")
 # Changes whenever the pictures do, so that an older copy on disk is made anew.
 _VERSION = 1
 _SEED = {"train": 2019, "val": 6909}
@@ -28,32 +31,55 @@ _NUM_TRAIN_SAMPLES = 1400
 _HEIGHTS = {"small": (22, 31), "medium": (40, 72), "large": (108, 124)}
 # How many of each size an image may have, the largest first.
 _COUNTS = {"large": (0, 1), "medium": (1, 3), "small": (3, 6)}
-_MIN_VISIBLE = 0.85
+
+
+class Variant(NamedTuple):
+    """What makes one built-in dataset harder than another."""
+
+    name: str
+    num_images: dict[str, int]
+    min_visible: float  # of each digit's strokes
+    max_rotation: float  # degrees
+    darkest_stroke: int  # of 255
+    noise: float  # standard deviation, of 255
+    num_pieces: tuple[int, int]  # fragments of digits, least and most an image
+
+
+VARIANTS = (
+    Variant("sasa_digits", {"train": 3000, "val": 200}, 0.85, 5, 200, 6, (0, 0)),
+    Variant("sasa_digits_hard", {"train": 6000, "val": 500}, 0.7, 10, 150, 10, (2, 5)),
+)
 
 
 def register_digits() -> None:
-    """Registers ``sasa_digits_train`` and ``sasa_digits_val`` with detectron2."""
-    for split in NUM_IMAGES:
-        name = f"sasa_digits_{split}"
-        if name in DatasetCatalog.list():
-            continue
-        folder = digits_root()
-        json_file, image_root = folder / f"{split}.json", folder / split
-        DatasetCatalog.register(name, lambda s=split, n=name: _load(s, n))
-        MetadataCatalog.get(name).set(
-            json_file=str(json_file),
-            image_root=str(image_root),
-            evaluator_type="coco",
-            generated=True,
-        )
+    """Registers ``sasa_digits_train``, ``sasa_digits_val`` and ``sasa_digits_hard_...``."""
+    for variant in VARIANTS:
+        for split in SPLITS:
+            _register(variant, split)
 
 
-def digits_root() -> Path:
-    """Where the dataset lives: ``sasa_digits`` below detectron2's folder for datasets."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "sasa_digits"
+def _register(variant: Variant, split: str) -> None:
+    name = f"{variant.name}_{split}"
+    if name in DatasetCatalog.list():
+        return
+    folder = digits_root(variant)
+    DatasetCatalog.register(name, lambda: _load(variant, split))
+    MetadataCatalog.get(name).set(
+        json_file=str(folder / f"{split}.json"),
+        image_root=str(folder / split),
+        evaluator_type="coco",
+        generated=True,
+    )
 
 
-def generate_digits(folder: Path, split: str, num_images: int, seed: int) -> None:
+def digits_root(variant: Variant) -> Path:
+    """Where the dataset lives: a folder of its name below detectron2's folder for datasets."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / variant.name
+
+
+def generate_digits(
+    folder: Path, split: str, num_images: int, seed: int, variant: Variant = VARIANTS[0]
+) -> None:
     """Writes ``{split}.json`` and the folder ``{split}`` of images, the same for equal seeds."""
     glyphs, labels = _load_samples(split)
     rng = np.random.default_rng(seed)
@@ -61,7 +87,7 @@ def generate_digits(folder: Path, split: str, num_images: int, seed: int) -> Non
     annotations: list[dict[str, Any]] = []
     (folder / split).mkdir(parents=True, exist_ok=True)
     for image_id in range(1, num_images + 1):
-        picture, objects = _draw(rng, glyphs, labels)
+        picture, objects = _draw(rng, glyphs, labels, variant)
         file_name = f"{image_id:06d}.jpg"
         picture.save(folder / split / file_name, quality=95)
         images.append(
@@ -88,25 +114,27 @@ def generate_digits(folder: Path, split: str, num_images: int, seed: int) -> Non
     (folder / f"{split}.json").write_text(json.dumps(content))
 
 
-def _load(split: str, name: str) -> list[dict]:
-    folder = digits_root()
+def _load(variant: Variant, split: str) -> list[dict]:
+    folder = digits_root(variant)
     json_file = folder / f"{split}.json"
     folder.mkdir(parents=True, exist_ok=True)
     # The processes of a training on several GPUs all come here at once.
     with file_lock(str(json_file)):
         if not _is_current(json_file):
-            _generate_in_place(folder, split)
-    return load_coco_json(str(json_file), str(folder / split), name)
+            _generate_in_place(variant, split)
+    return load_coco_json(str(json_file), str(folder / split), f"{variant.name}_{split}")
 
 
 def _is_current(json_file: Path) -> bool:
     return json_file.is_file() and json.loads(json_file.read_text())["info"]["version"] == _VERSION
 
 
-def _generate_in_place(folder: Path, split: str) -> None:
+def _generate_in_place(variant: Variant, split: str) -> None:
     """Generates beside the final place, then moves: an interrupted run leaves nothing half done."""
+    folder = digits_root(variant)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        generate_digits(Path(temporary), split, NUM_IMAGES[split], _SEED[split])
+        images = variant.num_images[split]
+        generate_digits(Path(temporary), split, images, _SEED[split], variant)
         if (folder / split).exists():
             (folder / split).rename(Path(temporary) / "old")
         (Path(temporary) / split).rename(folder / split)
@@ -128,27 +156,43 @@ def _load_samples(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(
-    rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndarray
+    rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndarray, variant: Variant
 ) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
     """A picture and its objects: (digit, (x, y, width, height))."""
     canvas = _background(rng)
+    for _ in range(rng.integers(*variant.num_pieces, endpoint=True)):
+        piece, _ = _place(rng, _cut(rng, glyphs[rng.integers(len(glyphs))]), "small", variant)
+        canvas = _paint(rng, canvas, piece, variant)
     objects = []
     masks: list[np.ndarray] = []  # what is visible of each object
     sizes: list[float] = []
     for size, (least, most) in _COUNTS.items():
         for _ in range(rng.integers(least, most + 1)):
             sample = rng.integers(len(glyphs))
-            mask, box = _place(rng, glyphs[sample], size)
+            mask, box = _place(rng, glyphs[sample], size, variant)
             # Every object so far must stay visible enough under the new one.
             visible = [m * (1 - mask) for m in masks]
-            if any(m.sum() < _MIN_VISIBLE * whole for m, whole in zip(visible, sizes)):
+            least_visible = variant.min_visible
+            if any(m.sum() < least_visible * whole for m, whole in zip(visible, sizes)):
                 continue
             masks, sizes = [*visible, mask], [*sizes, mask.sum()]
-            colour = rng.uniform(200, 255, 3)
-            canvas = canvas * (1 - mask[..., None]) + colour * mask[..., None]
+            canvas = _paint(rng, canvas, mask, variant)
             objects.append((int(labels[sample]), box))
-    canvas += rng.normal(0, 6, canvas.shape)
+    canvas += rng.normal(0, variant.noise, canvas.shape)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), objects
+
+
+def _paint(
+    rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray, variant: Variant
+) -> np.ndarray:
+    colour = rng.uniform(variant.darkest_stroke, 255, 3)
+    return canvas * (1 - mask[..., None]) + colour * mask[..., None]
+
+
+def _cut(rng: np.random.Generator, glyph: np.ndarray) -> np.ndarray:
+    """The upper, lower, left or right half of a glyph: strokes like a digit's, but no digit."""
+    half = np.rot90(glyph, int(rng.integers(4)))[:4]
+    return half if half.max() > 0.5 else glyph[:4]
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -164,7 +208,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(
-    rng: np.random.Generator, glyph: np.ndarray, size: str
+    rng: np.random.Generator, glyph: np.ndarray, size: str, variant: Variant
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """Coverage of the canvas in [0, 1] by a glyph, resized, rotated, somewhere; and its box."""
     inked = np.argwhere(glyph > 0.1)
@@ -174,7 +218,8 @@ def _place(
     width = max(6, int(height * min(aspect, 1.0)))
     ink = Image.fromarray((glyph[top:bottom, left:right] * 255).astype(np.uint8))
     ink = ink.resize((width, height), Image.Resampling.BICUBIC)
-    ink = ink.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, expand=True)
+    angle = rng.uniform(-variant.max_rotation, variant.max_rotation)
+    ink = ink.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     # A steep edge: pen strokes, not the blur of the small original.
     coverage = (np.asarray(ink) / 255.0 - 0.45).clip(0, 0.2) / 0.2
     inked = np.argwhere(coverage > 0.5)

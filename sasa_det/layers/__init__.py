@@ -1,6 +1,6 @@
 """Attention layers as torch modules. Imports torch and nothing else."""
 
-from .local_attention import LocalSelfAttention2d, PreNormSelfAttention2d
+from .local_attention import LocalSelfAttention2d, PreActivationSelfAttention2d
 from .stem_attention import StemSelfAttention2d
 
-__all__ = ["LocalSelfAttention2d", "PreNormSelfAttention2d", "StemSelfAttention2d"]
+__all__ = ["LocalSelfAttention2d", "PreActivationSelfAttention2d", "StemSelfAttention2d"]

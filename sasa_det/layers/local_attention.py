@@ -1,6 +1,7 @@
 """Local self-attention in the place of a k x k convolution."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -83,12 +84,13 @@ class LocalSelfAttention2d(nn.Module):
         )
 
 
-class PreNormSelfAttention2d(nn.Module):
-    """x + attention(norm(x)): how attention stands where no batch norm precedes it.
+class PreActivationSelfAttention2d(nn.Module):
+    """x + attention(relu(norm(x))): how attention stands where no batch norm precedes it.
 
     Eq. 3 has no scale, so its softmax freezes when its input is large, as the outputs of an FPN
-    are; a norm in front keeps the logits small, and the residual keeps gradients alive. The paper
-    is silent on both; the README shows what each is worth.
+    are; a norm in front keeps the logits small, and the residual keeps gradients alive. Behind the
+    ReLU queries have a mean, by which they can meet the position embeddings whatever the content,
+    as in the backbone. The paper is silent on all three; the README shows what they are worth.
 
     Args:
         attention (nn.Module): channels and resolution of its output are those of its input.
@@ -105,9 +107,10 @@ class PreNormSelfAttention2d(nn.Module):
         # A group norm costs less to compute again than its output takes memory until the backward.
         recomputes = isinstance(self.norm, nn.GroupNorm) and torch.is_grad_enabled()
         if not recomputes or torch.compiler.is_compiling():
-            return x + self.attention(normed)
+            return x + self.attention(F.relu(normed))
         kept = x.detach()  # which the norm keeps anyway
         address = normed.data_ptr()  # not the tensor, which the closure would keep alive
+        again: list[Tensor] = []  # computed for the attention's backward, then for the ReLU's
 
         def pack(saved: Tensor) -> Tensor | None:
             return None if saved.data_ptr() == address else saved
@@ -115,11 +118,14 @@ class PreNormSelfAttention2d(nn.Module):
         def unpack(packed: Tensor | None) -> Tensor:
             if packed is not None:
                 return packed
+            if again:
+                return again.pop()
             with torch.no_grad():
-                return self.norm(kept)
+                again.append(F.relu_(self.norm(kept)))
+            return again[0]
 
         with saved_tensors_hooks(pack, unpack):
-            return x + self.attention(normed)
+            return x + self.attention(F.relu_(normed))
 
 
 def has_hooks(module: nn.Module) -> bool:

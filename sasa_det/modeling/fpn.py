@@ -2,7 +2,7 @@
 
 from detectron2.modeling import FPN
 
-from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 
 from .norm import attention_norm
 
@@ -29,6 +29,8 @@ class AttentionFPN(FPN):
             attention = LocalSelfAttention2d(
                 channels, channels, kernel_size, num_heads, position=position
             )
-            setattr(self, name, PreNormSelfAttention2d(attention, attention_norm(norm, channels)))
+            setattr(
+                self, name, PreActivationSelfAttention2d(attention, attention_norm(norm, channels))
+            )
         # FPN walks its own list, from the lowest resolution to the highest.
         self.output_convs = [getattr(self, name) for name in reversed(names)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def attention_norm(norm: str, channels: int) -> nn.Module:
     """detectron2's norm of this name; GN where the name is empty.
 
-    Attention without a norm in front of it does not learn here (see ``PreNormSelfAttention2d``).
+    Attention without one in front does not learn here (see ``PreActivationSelfAttention2d``).
 
     Raises:
         ValueError: for channels that group norm's 32 groups do not divide.

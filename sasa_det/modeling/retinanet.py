@@ -9,7 +9,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import nn
 
 from sasa_det.config import check_sasa_config
-from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 
 from .norm import attention_norm
 
@@ -33,14 +33,15 @@ class SASARetinaNet(RetinaNet):
 class AttentionRetinaNetHead(RetinaNetHead):
     """RetinaNet's head with local self-attention in the place of each 3x3 convolution.
 
-    Tower layers become attention and ReLU; a predictor becomes attention followed by a 1x1
-    convolution. Each attention stands behind a norm and inside a residual connection.
+    Tower layers become attention; a predictor becomes attention followed by a 1x1 convolution.
+    Each attention, and that convolution, stands behind a norm and ReLU, each attention inside a
+    residual connection.
 
     Args:
         input_shape (list[ShapeSpec]): shapes of the FPN levels, all with the same channels.
         num_classes, num_anchors, conv_dims, prior_prob: as in detectron2's ``RetinaNetHead``;
             all conv_dims must be the channels of the input.
-        norm (str): in front of each attention; GN where it is empty.
+        norm (str): in front of each attention and predictor; GN where it is empty.
         kernel_size (int): side of the attention window, odd.
         num_heads (int): heads of the attention.
         position (str): "relative" or "none".
@@ -80,20 +81,22 @@ class AttentionRetinaNetHead(RetinaNetHead):
                 'levels share its layers; set it to "GN".'
             )
 
-        def attention() -> PreNormSelfAttention2d:
+        def attention() -> PreActivationSelfAttention2d:
             layer = LocalSelfAttention2d(
                 channels, channels, kernel_size, num_heads, position=position
             )
-            return PreNormSelfAttention2d(layer, attention_norm(norm, channels))
+            return PreActivationSelfAttention2d(layer, attention_norm(norm, channels))
 
         def tower() -> nn.Sequential:
-            return nn.Sequential(*(layer for _ in conv_dims for layer in (attention(), nn.ReLU())))
+            return nn.Sequential(*(attention() for _ in conv_dims))
 
         def predictor(outputs: int, bias: float) -> nn.Sequential:
             projection = nn.Conv2d(channels, outputs, kernel_size=1)
             nn.init.normal_(projection.weight, std=0.01)
             nn.init.constant_(projection.bias, bias)  # type: ignore[arg-type]
-            return nn.Sequential(attention(), projection)
+            # The norm makes the small weights keep to the prior: residual sums grow with depth.
+            activation = nn.Sequential(attention_norm(norm, channels), nn.ReLU(inplace=True))
+            return nn.Sequential(attention(), activation, projection)
 
         self.cls_subnet, self.bbox_subnet = tower(), tower()
         # The prior of the focal loss: at the start every class has the probability prior_prob.
