@@ -29,6 +29,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.MODEL.SASA.NUM_HEADS = 8
     # "relative": row and column embeddings. "none": attention by content only.
     cfg.MODEL.SASA.POSITION = "relative"
+    # A residual connection around the attention of each bottleneck. The paper has none; without it
+    # a short training from scratch reaches less.
+    cfg.MODEL.SASA.BOTTLENECK_RESIDUAL = True
     # Attention in the towers and predictors of SASARetinaNet's head. It always has a norm:
     # MODEL.RETINANET.NORM, or GN where that is empty.
     cfg.MODEL.SASA.HEAD_ATTENTION = True

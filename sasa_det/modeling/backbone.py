@@ -32,6 +32,7 @@ def make_sasa_resnet(
     kernel_size: int = 7,
     num_heads: int = 8,
     position: str = "relative",
+    residual: bool = True,
     norm="BN",
     in_channels: int = 3,
     stem_channels: int = 64,
@@ -50,6 +51,7 @@ def make_sasa_resnet(
         stem (str): "attention" or "conv".
         attention_stages (tuple[str]): out of res2, res3, res4, res5; the others are convolutional.
         kernel_size, num_heads, position: of every attention layer.
+        residual (bool): around the attention of each bottleneck.
         norm (str or callable): as in detectron2's ``get_norm``.
         in_channels, stem_channels, res2_channels (int): of the image, the stem and stage res2.
         bottleneck_channels (int): channels of the attention, or 3x3 convolution, of stage res2.
@@ -79,6 +81,7 @@ def make_sasa_resnet(
             options = {
                 "block_class": AttentionBottleneckBlock,
                 "kernel_size": kernel_size,
+                "residual": residual,
                 **attention,
             }
         else:
@@ -124,6 +127,7 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         kernel_size=sasa.KERNEL_SIZE,
         num_heads=sasa.NUM_HEADS,
         position=sasa.POSITION,
+        residual=sasa.BOTTLENECK_RESIDUAL,
         norm=resnets.NORM,
         in_channels=input_shape.channels,
         stem_channels=resnets.STEM_OUT_CHANNELS,

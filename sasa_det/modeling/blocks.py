@@ -1,6 +1,7 @@
 """The stem and the bottleneck of the attention ResNets."""
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class AttentionBottleneckBlock(CNNBlockBase):
     """A bottleneck whose spatial layer is local self-attention, arXiv 1906.05909, section 3.2.
 
     1x1 convolution, attention at the resolution of the input, 2x2 average pooling where the block
-    downsamples, 1x1 convolution, and detectron2's projection shortcut.
+    downsamples, 1x1 convolution, and detectron2's projection shortcut. Attention averages, so it
+    begins as a blur, which a residual around it makes up for; the paper has none there.
 
     Args:
         in_channels, out_channels (int): channels of input and output.
@@ -69,6 +71,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         kernel_size (int): side of the attention window, odd.
         num_heads (int): heads of the attention.
         position (str): "relative" or "none".
+        residual (bool): whether the attention's input is added to its output.
     """
 
     def __init__(
@@ -82,8 +85,12 @@ class AttentionBottleneckBlock(CNNBlockBase):
         kernel_size: int = 7,
         num_heads: int = 8,
         position: str = "relative",
+        residual: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, stride)
+        self.residual = residual
+        # What fold_batch_norm leaves of a norm behind the sum: (1, channels, 1, 1).
+        self.register_buffer("residual_scale", None)
         self.shortcut = None
         if in_channels != out_channels or stride != 1:
             self.shortcut = _conv_1x1(in_channels, out_channels, norm, stride=stride)
@@ -96,7 +103,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
-        out = self.attention(out)
+        out = self._attend(out)
         if self.stride > 1:
             # ceil_mode: the size that the shortcut's strided convolution has.
             out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
@@ -105,6 +112,14 @@ class AttentionBottleneckBlock(CNNBlockBase):
         out = self.conv3(out)
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attended = self.attention(x)
+        if not self.residual:
+            return attended
+        if self.residual_scale is not None:
+            return torch.addcmul(attended, x, self.residual_scale)
+        return x + attended
 
 
 def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:

@@ -19,7 +19,8 @@ def fold_batch_norm(model: Model) -> Model:
 
     That is detectron2's convolutions with their norm, in any of its models, and the norm behind the
     attention of a bottleneck: the weights of a softmax sum to one, so what scales and shifts the
-    values scales and shifts the output. The attention stem needs no folding.
+    values scales and shifts the output; a residual is then scaled as it is added. The attention
+    stem needs no folding.
 
     Args:
         model (nn.Module): stays as it is.
@@ -33,15 +34,22 @@ def fold_batch_norm(model: Model) -> Model:
             module.weight, module.bias = _fold(module.weight, module.bias, module.norm)
             module.norm = None
         elif isinstance(module, AttentionBottleneckBlock) and is_batch_norm(module.attention_norm):
-            projection = module.attention.projection
-            channels = module.attention.out_channels
-            value = projection.weight[-channels:]
-            value, value_bias = _fold(value, None, module.attention_norm)
-            projection.weight[-channels:] = value
-            bias = torch.cat([value_bias.new_zeros(2 * channels), value_bias])
-            projection.bias = nn.Parameter(bias, requires_grad=False)
-            module.attention_norm = nn.Identity()
+            _fold_into_values(module)
     return model
+
+
+def _fold_into_values(block: AttentionBottleneckBlock) -> None:
+    norm: Any = block.attention_norm
+    projection = block.attention.projection
+    channels = block.attention.out_channels
+    value, value_bias = _fold(projection.weight[-channels:], None, norm)
+    projection.weight[-channels:] = value
+    bias = torch.cat([value_bias.new_zeros(2 * channels), value_bias])
+    projection.bias = nn.Parameter(bias, requires_grad=False)
+    if block.residual:
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        block.residual_scale = scale.detach().view(1, -1, 1, 1)
+    block.attention_norm = nn.Identity()
 
 
 @torch.no_grad()
