@@ -1,5 +1,6 @@
 """``tools/run_table2.py``: trains the rows, continues where it was stopped, writes the table."""
 
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +12,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import sasa_det  # noqa: F401
+
+# isort: split
+from detectron2.data import DatasetCatalog
+
+from sasa_det.analysis.progress import Pace, PlannedRun
+from sasa_det.config import load_config
 from sasa_det.data.digits import generate_digits
 from sasa_det.engine import AP_NAMES
 
@@ -60,7 +68,7 @@ def interrupted(tmp_path_factory, environment):
 def test_it_says_what_it_will_cost_and_how_to_continue_when_it_is_stopped(interrupted):
     output, code, said, _ = interrupted
     assert code == 130
-    assert "2 runs of 60 steps of 2 images" in said
+    assert "Each run: 60 steps of 2 images, 120 images. 0 of 2 runs are finished." in said
     assert f"{CONVOLUTION}, seed 0: AP " in said
     assert said.rstrip().endswith(" ".join(QUICK[-2:]))  # the command, after "continues:"
     assert not (output / ATTENTION / "seed0" / "evaluation.json").exists()
@@ -134,6 +142,27 @@ def refusal(monkeypatch, capsys):
 def test_a_finished_run_of_another_config_is_refused(interrupted, continued, refusal):
     sentence = refusal(command(interrupted[0], "SOLVER.BASE_LR", "0.1"))
     assert "retinanet_conv/seed0' holds a run with SOLVER.BASE_LR 0.003, not 0.1" in sentence
+
+
+def test_the_time_left_is_that_of_the_runs_in_their_order(tmp_path):
+    """Two at once, of 100 s and 50 s; the third begins when the second has ended."""
+    cfg = load_config("configs/demo.yaml", ["SOLVER.MAX_ITER", "100", "SOLVER.IMS_PER_BATCH", "2"])
+    images = len(DatasetCatalog.get("sasa_digits_val"))
+    slow, fast, untimed = (
+        PlannedRun(row, 0, tmp_path / row, [], cfg) for row in ("slow", "fast", "untimed")
+    )
+    pace = Pace(at_once=2)
+    assert pace.left([(slow, 0)], [fast]) is None
+    pace.of_row |= {"slow": 1.0, "fast": 0.5}
+    steps = 100 + images / 2 / 3
+    assert pace.left([(slow, 40)], []) == pytest.approx(steps - 40)
+    assert pace.left([], [slow, fast, untimed]) == pytest.approx((0.5 + 0.75) * steps)
+
+
+def test_two_at_work_in_one_folder_are_refused(interrupted, continued, refusal):
+    with (interrupted[0] / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is at work in" in refusal(command(interrupted[0]))
 
 
 def test_unknown_rows_and_keys_that_make_the_rows_are_refused(tmp_path, refusal):

@@ -9,7 +9,7 @@
 rows of the first seed come first. Some steps of each row are timed before, to say what all will
 cost. The same command again continues where it was stopped, and keeps what is finished. Leaves
 OUTPUT/ROW/seedN as tools/train_net.py does, and OUTPUT/table2.md and table2.json. Any config key
-can be changed at the end of the command, behind an option with one value: SOLVER.MAX_ITER 1000.
+but those can be changed at the end of the command: SOLVER.MAX_ITER 1000.
 """
 
 # Each run is a process of tools/train_net.py: memory and random numbers begin anew, and a crash
@@ -31,17 +31,11 @@ from typing import Any
 import torch
 import train_net
 import yaml
-
-import sasa_det  # noqa: F401  (registers models and datasets; before detectron2, see compat.py)
-
-# isort: split
-from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from sasa_det.analysis import ModelCost, count_detector, environment
+from sasa_det.analysis import ModelCost, environment
 from sasa_det.analysis.progress import Pace, PlannedRun, duration, last_metrics
-from sasa_det.analysis.runs import CONFIG_FILE, read_run
-from sasa_det.analysis.table2 import ROWS, RowResult, as_data, as_markdown, cell
+from sasa_det.analysis.table2 import ROWS, RowResult, as_data, as_markdown, cell, count_as_tested
 from sasa_det.analysis.trainings import CONSOLE_FILE, Training, Trainings, recorded_seconds
 from sasa_det.engine import AP_NAMES
 
@@ -49,21 +43,20 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 HISTORY_FILE = "runs.jsonl"
 STATUS_SECONDS = 30
 MIN_TIMED_STEPS = 5  # detectron2 leaves the first three out
-# Where and how fast a run is trained, not what: they may change when it is continued.
-NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 
 
 def main(args: argparse.Namespace) -> None:
     runs = plan(args)
-    waiting = [run for run in runs if not is_finished(run)]
-    costs = {run.row: count(run) for run in runs if run.seed == args.seeds[0]}
+    waiting = [run for run in runs if not run.is_finished()]
     args.machine = describe_machine(args, runs[0].cfg.MODEL.DEVICE)
     args.output.mkdir(parents=True, exist_ok=True)
     with locked(args.output) as lock:
+        costs = {run.row: count_as_tested(run.cfg) for run in runs if run.seed == args.seeds[0]}
         start = starter(args, lock)
         pace = Pace(args.jobs)
-        measure(args, pace, waiting, start)
-        say(estimate(args, runs, waiting, costs, pace))
+        if waiting:
+            measure(args, pace, runs, waiting, start)
+            say(estimate(args, runs, waiting, costs, pace))
         if args.dry_run:
             return
         failed = train(args, runs, waiting, costs, pace, start)
@@ -119,42 +112,6 @@ def row_keys(row: str) -> dict[str, str]:
     return {f"MODEL.SASA.{key}": str(value) for key, value in own.items()}
 
 
-def is_finished(run: PlannedRun) -> bool:
-    """Raises ValueError if its folder holds a run of another config, finished or not."""
-    path = run.folder / CONFIG_FILE
-    if not path.is_file():
-        return False
-    found = read_run(run.folder)
-    asked, trained = (yaml.safe_load(cfg.dump()) for cfg in (run.cfg, found.cfg))
-    for key, wanted, value in differences(asked, trained):
-        if key not in NOT_COMPARED:
-            raise ValueError(
-                f"{str(run.folder)!r} holds a run with {key} {value}, not {wanted}: give another "
-                "--output, or move that folder away."
-            )
-    return found.unfinished is None
-
-
-def differences(asked: dict, found: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, asked, found) of what is not the same."""
-    for key in asked.keys() | found.keys():
-        values = asked.get(key), found.get(key)
-        if all(isinstance(value, dict) for value in values):
-            yield from differences(*values, f"{prefix}{key}.")
-        elif values[0] != values[1]:
-            yield f"{prefix}{key}", *values
-
-
-def count(run: PlannedRun) -> ModelCost:
-    """At the size of the pictures that it is evaluated on, rounded up to what the FPN can halve."""
-    cfg = run.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    multiple = model.backbone.size_divisibility or 1
-    return count_detector(model, -(-cfg.INPUT.MIN_SIZE_TEST // multiple) * multiple).total
-
-
 def describe_machine(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Raises ValueError for what --num-gpus and --jobs cannot be on this device."""
     on_gpu = device.startswith("cuda")
@@ -166,7 +123,10 @@ def describe_machine(args: argparse.Namespace, device: str) -> dict[str, Any]:
             f"{torch.cuda.device_count() if on_gpu else 0} GPUs to train on here."
         )
     machine = environment.describe("cuda" if on_gpu else "cpu")
-    return {**machine, **({"GPUs": args.num_gpus} if on_gpu else {"runs at once": args.jobs})}
+    if on_gpu:
+        return {**machine, "GPUs": args.num_gpus}
+    threads = max(1, machine["cores"] // args.jobs) if args.jobs > 1 else machine["threads"]
+    return {**machine, "threads": threads, "runs at once": args.jobs}
 
 
 @contextlib.contextmanager
@@ -184,7 +144,7 @@ def locked(output: Path) -> Iterator[int]:
 
 def starter(args: argparse.Namespace, lock: int) -> Callable[[PlannedRun], Training]:
     """Starts a run as a process of tools/train_net.py; runs at once share the cores."""
-    threads = max(1, args.machine["cores"] // args.jobs) if args.jobs > 1 else None
+    threads = args.machine["threads"] if args.jobs > 1 else None
     fixed = [sys.executable, train_net.__file__, "--config", str(args.config), "--resume"]
     fixed += ["--num-gpus", str(args.num_gpus)]
     return lambda run: Training(run, [*fixed, *run.overrides], threads, lock)
@@ -193,15 +153,16 @@ def starter(args: argparse.Namespace, lock: int) -> Callable[[PlannedRun], Train
 def measure(
     args: argparse.Namespace,
     pace: Pace,
+    runs: Sequence[PlannedRun],
     waiting: Sequence[PlannedRun],
     start: Callable[[PlannedRun], Training],
 ) -> None:
-    """Seconds a step of each row that waits: from its earlier steps, or from some taken now.
+    """Seconds a step of each row that waits: from steps already trained, or from some taken now.
 
     Raises:
         RuntimeError: if a row cannot be trained, with its reason.
     """
-    for run in waiting:
+    for run in runs:
         earlier = last_metrics(run.folder)
         if "time" in earlier:
             pace.of_row.setdefault(run.row, earlier["time"])
@@ -210,13 +171,13 @@ def measure(
         return
     say(f"Timing {args.timed_steps} steps of each of {len(unknown)} rows.")
     with tempfile.TemporaryDirectory(prefix=".timing_", dir=args.output) as folder:
-        runs = []
+        timed = []
         for row, run in unknown.items():
             short = ["SOLVER.MAX_ITER", str(args.timed_steps), "DATASETS.TEST", "()"]
             short += ["OUTPUT_DIR", f"{folder}/{row}"]
             overrides = [*run.overrides, *short]
-            runs.append(run._replace(folder=Path(folder) / row, overrides=overrides))
-        with Trainings(runs, start, args.jobs, args.output / HISTORY_FILE) as trainings:
+            timed.append(run._replace(folder=Path(folder) / row, overrides=overrides))
+        with Trainings(timed, start, args.jobs, args.output / HISTORY_FILE) as trainings:
             for training in trainings.events(STATUS_SECONDS):
                 if training is None:
                     continue
@@ -241,24 +202,25 @@ def estimate(
     for row, cost in costs.items():
         of_row = [run for run in runs if run.row == row]
         step, to_do = pace.of_row.get(row), sum(run in waiting for run in of_row)
-        size = [f"{cost.params / 1e6:.2f}", f"{cost.flops_executed / 1e9:.3g}"]
-        whole = duration(pace.seconds(of_row[0], 0))
-        time_needed = ["-" if step is None else f"{step:.3g}", whole]
-        lines.append([row, *size, f"{to_do} of {len(of_row)}", *time_needed])
+        counted = [f"{cost.params / 1e6:.2f}", f"{cost.flops_executed / 1e9:.3g}"]
+        time_needed = ["-" if step is None else f"{step:.3g}", duration(pace.seconds(of_row[0], 0))]
+        lines.append([row, *counted, f"{to_do} of {len(of_row)}", *time_needed])
     headers = ["row", "params (M)", "GFLOPs", "runs to do", "s a step", "time a run"]
     alignment = ("left", *["right"] * (len(headers) - 1))
     table = tabulate(lines, headers, disable_numparse=True, colalign=alignment)
-    left = pace.left([], waiting)
-    where = f"on the CPU, {args.jobs} at once"
-    if "GPUs" in args.machine:
-        hours = "unknown" if left is None else f"{left * args.num_gpus / 3600:.1f}"
-        where = f"on {args.num_gpus} GPUs: {hours} GPU-hours"
+    seconds = pace.left([], waiting)
+    time_left = "a time unknown without timed steps"
+    if seconds is not None:
+        time_left = f"about {duration(seconds)}"
+        if "GPUs" in args.machine:
+            time_left += f", {seconds * args.num_gpus / 3600:.1f} GPU-hours"
+    where = f"{args.num_gpus} GPUs" if "GPUs" in args.machine else f"the CPU, {args.jobs} at once"
     steps, batch = solver.MAX_ITER, solver.IMS_PER_BATCH
     return (
-        f"{table}\n\n{len(runs)} runs of {steps:,} steps of {batch} images, "
-        f"{steps * batch:,} images each; {len(runs) - len(waiting)} of them are finished.\n"
-        f"The others take about {duration(left)} {where}.\nThese are start, steps, and "
-        "evaluations at a third of a step's time an image. Each run\nkeeps a checkpoint every "
+        f"{table}\n\nEach run: {steps:,} steps of {batch} images, {steps * batch:,} images. "
+        f"{len(runs) - len(waiting)} of {len(runs)} runs are finished.\n"
+        f"The others take {time_left} on {where}: start, steps,\nand evaluation, an image of which "
+        "is taken as a third of one in a step. Each keeps a checkpoint every\n"
         f"{solver.CHECKPOINT_PERIOD:,} steps, from which it continues when it was stopped.\n"
     )
 
@@ -280,7 +242,7 @@ def train(
                 text = "; ".join(status(running, pace) for running in trainings.running)
             else:
                 text = outcome(training)
-                if training.process.returncode or not is_finished(training.run):
+                if training.process.returncode or not training.run.is_finished():
                     failed.append(training.run)
                 write_table(args, runs, costs)
             left = pace.left([(t.run, t.steps_done) for t in trainings.running], trainings.waiting)
@@ -305,9 +267,9 @@ def status(training: Training, pace: Pace) -> str:
 
 def outcome(training: Training) -> str:
     run = training.run
-    if training.process.returncode or not is_finished(run):
+    if training.process.returncode or not run.is_finished():
         return f"{run} FAILED: {training.last_words()}"
-    figures = read_run(run.folder).figures(run.cfg.DATASETS.TEST[0])
+    figures = run.figures()
     shown = "  ".join(f"{name} {cell([figures[name]])}" for name in AP_NAMES)
     return f"{run}: {shown}, in {duration(training.seconds)}"
 
@@ -318,18 +280,28 @@ def write_table(
     """The figures of what is finished, to table2.md and table2.json."""
     results = []
     for row, cost in costs.items():
-        finished = [run for run in runs if run.row == row and is_finished(run)]
-        figures = {
-            run.seed: read_run(run.folder).figures(run.cfg.DATASETS.TEST[0]) for run in finished
-        }
-        results.append(RowResult(row, cost, figures))
-    seconds = recorded_seconds(args.output / HISTORY_FILE)
-    data = {"command": args.command, "seconds": seconds, "machine": args.machine}
-    facts = [f"- {name}: {value}" for name, value in args.machine.items()]
-    text = [as_markdown(results), "", f"    {args.command}", ""]
-    text += [f"All runs together took {duration(seconds)}. The machine:", "", *facts]
+        finished = [run for run in runs if run.row == row and run.is_finished()]
+        results.append(RowResult(row, cost, {run.seed: run.figures() for run in finished}))
+    solver, size = runs[0].cfg.SOLVER, runs[0].cfg.INPUT.MIN_SIZE_TEST
+    facts = {
+        "command": args.command,
+        "dataset": runs[0].cfg.DATASETS.TEST[0],
+        "image_size": size,
+        "steps": solver.MAX_ITER,
+        "images_a_step": solver.IMS_PER_BATCH,
+        "seconds": recorded_seconds(args.output / HISTORY_FILE),
+        "machine": args.machine,
+    }
+    text = [
+        as_markdown(results),
+        f"\nOn `{facts['dataset']}`, after {solver.MAX_ITER:,} steps of {solver.IMS_PER_BATCH} "
+        f"images; of several seeds the mean (least to greatest). GFLOPs of {size}x{size} pixels, a "
+        f"multiply and an add being two, as executed.\n\n    {args.command}\n\n"
+        f"All processes together took {duration(facts['seconds'])}. The machine:\n",
+        *(f"- {name}: {value}" for name, value in args.machine.items()),
+    ]
     write_whole(args.output / "table2.md", "\n".join(text) + "\n")
-    content = json.dumps({**data, "rows": as_data(results)}, indent=2)
+    content = json.dumps({**facts, "rows": as_data(results)}, indent=2)
     write_whole(args.output / "table2.json", content + "\n")
 
 
@@ -371,6 +343,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="change keys of the config")
     args = parser.parse_args()
     args.command = shlex.join(["python", "tools/run_table2.py", *sys.argv[1:]])
+    args.rows, behind_rows = until_key(args.rows)
+    args.seeds, behind_seeds = until_key(args.seeds)
+    args.opts += behind_rows + behind_seeds
     unknown = [row for row in args.rows if row not in ROWS]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
@@ -387,10 +362,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def until_key(values: list[str]) -> tuple[list[str], list[str]]:
+    """argparse cannot tell where a list ends and KEY VALUE begins: keys have a dot."""
+    end = next((i for i, value in enumerate(values) if "." in value), len(values))
+    return values[:end], values[end:]
+
+
 if __name__ == "__main__":
     arguments = parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the trainings stop, too
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: trainings stop, too
     try:
         main(arguments)
     except (FileNotFoundError, ValueError, RuntimeError) as error:

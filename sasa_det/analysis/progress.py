@@ -2,17 +2,20 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from .runs import METRICS_FILE
+from .runs import CONFIG_FILE, METRICS_FILE, read_run
 
 # Of a training step, forward and backward of an image, which its evaluation takes.
 EVALUATION_COST = 1 / 3
+# Where and how fast a run is trained, not what: they may change when it is continued.
+NOT_COMPARED = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 
 
 class PlannedRun(NamedTuple):
@@ -38,6 +41,28 @@ class PlannedRun(NamedTuple):
     @property
     def steps(self) -> int:
         return self.cfg.SOLVER.MAX_ITER
+
+    def is_finished(self) -> bool:
+        """Whether its folder holds the figures of the whole training.
+
+        Raises:
+            ValueError: in one sentence, if it holds a run of another config, finished or not.
+        """
+        if not (self.folder / CONFIG_FILE).is_file():
+            return False
+        run = read_run(self.folder)
+        asked, found = (yaml.safe_load(cfg.dump()) for cfg in (self.cfg, run.cfg))
+        for key, wanted, value in _differences(asked, found):
+            if key not in NOT_COMPARED:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds a run with {key} {value}, not {wanted}: give "
+                    "another --output, or move that folder away."
+                )
+        return run.unfinished is None
+
+    def figures(self) -> dict[str, float | None]:
+        """Of the finished run, on the first dataset of DATASETS.TEST."""
+        return read_run(self.folder).figures(self.cfg.DATASETS.TEST[0])
 
     def steps_saved(self) -> int:
         """The steps of the last checkpoint, from which the run would continue."""
@@ -84,21 +109,19 @@ class Pace:
     def left(
         self, running: Sequence[tuple[PlannedRun, int]], waiting: Sequence[PlannedRun]
     ) -> float | None:
-        """Seconds until all have ended, each started as soon as there is room.
+        """Seconds until all have ended, each started as soon as there is room; None if unknown.
 
         Args:
             running: with the steps that each has done.
             waiting: in their order; they continue from their last checkpoints.
         """
-        now = [self.seconds(run, steps) for run, steps in running]
-        later = [self.seconds(run, run.steps_saved()) for run in waiting]
-        ends = [end for end in now if end is not None]
+        if not self.of_row:
+            return None
+        ends = [self.seconds(run, steps) or 0.0 for run, steps in running]
         ends += [0.0] * (self.at_once - len(ends))
-        for seconds in later:
-            if seconds is None:
-                return None
+        for run in waiting:
             ends.sort()
-            ends[0] += self.start_up + seconds
+            ends[0] += self.start_up + (self.seconds(run, run.steps_saved()) or 0.0)
         return max(ends)
 
     def _images(self, dataset: str) -> int:
@@ -127,3 +150,13 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _differences(asked: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, asked, found) of what is not the same."""
+    for key in asked.keys() | found.keys():
+        values = asked.get(key), found.get(key)
+        if all(isinstance(value, dict) for value in values):
+            yield from _differences(*values, f"{prefix}{key}.")
+        elif values[0] != values[1]:
+            yield f"{prefix}{key}", *values

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from sasa_det.engine import AP_NAMES
 
-from .flops import ModelCost
+from .flops import ModelCost, count_detector
 from .paper import TABLE_2
 from .report import NOT_MEASURED
 
@@ -33,6 +35,16 @@ class RowResult(NamedTuple):
         """The figure ``name`` of each seed that has it."""
         found = (figures.get(name) for figures in self.figures.values())
         return [value for value in found if value is not None]
+
+
+def count_as_tested(cfg: CfgNode) -> ModelCost:
+    """On a square of INPUT.MIN_SIZE_TEST pixels, rounded up to a size that the FPN can halve."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    multiple = max(model.backbone.size_divisibility, 1)
+    return count_detector(model, -(-cfg.INPUT.MIN_SIZE_TEST // multiple) * multiple).total
 
 
 def as_markdown(results: Sequence[RowResult]) -> str:

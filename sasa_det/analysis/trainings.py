@@ -66,9 +66,12 @@ class Training:
         text = (self.run.folder / CONSOLE_FILE).read_text(errors="replace").strip()
         return text.splitlines()[-1] if text else "it said nothing"
 
-    def stop(self) -> None:
-        """Returns when it has ended."""
+    def terminate(self) -> None:
+        """Asks its processes to end."""
         self._signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Until they have ended, killed if they take too long."""
         try:
             self.process.wait(timeout=_PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -104,7 +107,9 @@ class Trainings:
 
     def __exit__(self, *exception: object) -> None:
         for training in self.running:
-            training.stop()
+            training.terminate()
+        for training in self.running:
+            training.wait()
             self._record(training)
 
     def events(self, period: float) -> Iterator[Training | None]:
