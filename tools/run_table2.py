@@ -47,8 +47,10 @@ MIN_TIMED_STEPS = 5  # detectron2 leaves the first three out
 
 def main(args: argparse.Namespace) -> None:
     runs = plan(args)
-    waiting = [run for run in runs if not run.is_finished()]
-    args.machine = describe_machine(args, runs[0].cfg.MODEL.DEVICE)
+    finished = [run for run in runs if run.is_finished()]
+    waiting = [run for run in runs if run not in finished]
+    args.cfg = runs[0].cfg  # for what is the same in all
+    args.machine = describe_machine(args, args.cfg.MODEL.DEVICE)
     args.output.mkdir(parents=True, exist_ok=True)
     with locked(args.output) as lock:
         costs = {run.row: count_as_tested(run.cfg) for run in runs if run.seed == args.seeds[0]}
@@ -59,8 +61,8 @@ def main(args: argparse.Namespace) -> None:
             say(estimate(args, runs, waiting, costs, pace))
         if args.dry_run:
             return
-        failed = train(args, runs, waiting, costs, pace, start)
-        write_table(args, runs, costs)
+        failed = train(args, finished, waiting, costs, pace, start)
+        write_table(args, finished, costs)
     say(f"\n{(args.output / 'table2.md').read_text()}")
     if failed:
         raise RuntimeError(
@@ -197,7 +199,7 @@ def estimate(
     pace: Pace,
 ) -> str:
     """What it will cost: of each row, then of all."""
-    solver = runs[0].cfg.SOLVER
+    solver = args.cfg.SOLVER
     lines = []
     for row, cost in costs.items():
         of_row = [run for run in runs if run.row == row]
@@ -227,29 +229,31 @@ def estimate(
 
 def train(
     args: argparse.Namespace,
-    runs: Sequence[PlannedRun],
+    finished: list[PlannedRun],
     waiting: Sequence[PlannedRun],
     costs: dict[str, ModelCost],
     pace: Pace,
     start: Callable[[PlannedRun], Training],
 ) -> list[PlannedRun]:
-    """Trains what waits, says how far it is, keeps the table current; returns what failed."""
-    began = time.monotonic()
+    """Trains what waits, says how far it is, keeps the table current; returns what failed.
+
+    ``finished`` grows.
+    """
+    began, number = time.monotonic(), len(finished) + len(waiting)
     failed: list[PlannedRun] = []
     with Trainings(waiting, start, args.jobs, args.output / HISTORY_FILE) as trainings:
         for training in trainings.events(STATUS_SECONDS):
             if training is None:
                 text = "; ".join(status(running, pace) for running in trainings.running)
             else:
-                text = outcome(training)
-                if training.process.returncode or not training.run.is_finished():
-                    failed.append(training.run)
-                write_table(args, runs, costs)
+                succeeded = training.process.returncode == 0 and training.run.is_finished()
+                (finished if succeeded else failed).append(training.run)
+                text = outcome(training, succeeded)
+                write_table(args, finished, costs)
             left = pace.left([(t.run, t.steps_done) for t in trainings.running], trainings.waiting)
-            to_do = len(trainings.running) + len(trainings.waiting)
             say(
                 f"[{duration(time.monotonic() - began)}] {text} "
-                f"({len(runs) - to_do} of {len(runs)} runs, {duration(left)} left)"
+                f"({len(finished)} of {number} runs finished, {duration(left)} left)"
             )
     return failed
 
@@ -265,9 +269,9 @@ def status(training: Training, pace: Pace) -> str:
     )
 
 
-def outcome(training: Training) -> str:
+def outcome(training: Training, succeeded: bool) -> str:
     run = training.run
-    if training.process.returncode or not run.is_finished():
+    if not succeeded:
         return f"{run} FAILED: {training.last_words()}"
     figures = run.figures()
     shown = "  ".join(f"{name} {cell([figures[name]])}" for name in AP_NAMES)
@@ -275,17 +279,17 @@ def outcome(training: Training) -> str:
 
 
 def write_table(
-    args: argparse.Namespace, runs: Sequence[PlannedRun], costs: dict[str, ModelCost]
+    args: argparse.Namespace, finished: Sequence[PlannedRun], costs: dict[str, ModelCost]
 ) -> None:
     """The figures of what is finished, to table2.md and table2.json."""
     results = []
     for row, cost in costs.items():
-        finished = [run for run in runs if run.row == row and run.is_finished()]
-        results.append(RowResult(row, cost, {run.seed: run.figures() for run in finished}))
-    solver, size = runs[0].cfg.SOLVER, runs[0].cfg.INPUT.MIN_SIZE_TEST
+        figures = {run.seed: run.figures() for run in finished if run.row == row}
+        results.append(RowResult(row, cost, dict(sorted(figures.items()))))
+    solver, size = args.cfg.SOLVER, args.cfg.INPUT.MIN_SIZE_TEST
     facts = {
         "command": args.command,
-        "dataset": runs[0].cfg.DATASETS.TEST[0],
+        "dataset": args.cfg.DATASETS.TEST[0],
         "image_size": size,
         "steps": solver.MAX_ITER,
         "images_a_step": solver.IMS_PER_BATCH,
