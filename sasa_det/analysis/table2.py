@@ -1,0 +1,92 @@
+"""The paper's Table 2 from runs of our own: one line a row, its seeds together."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from sasa_det.engine import AP_NAMES
+
+from .flops import ModelCost, count_detector
+from .paper import TABLE_2
+from .report import NOT_MEASURED
+
+# (heads, backbone) of each row, at whatever depth; the last is beyond the paper.
+ROWS = {row.config: (row.heads, row.backbone.removesuffix(" ResNet-50")) for row in TABLE_2}
+ROWS["retinanet_full_attn_fpn"] = ("attention, FPN too", "full attention")
+
+
+class RowResult(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        row (str): its name, a key of :data:`ROWS`.
+        cost (ModelCost): of the detector at the scale that was trained.
+        figures: of each finished seed {"AP": ..., "AP50": ..., ...}; None where COCO has no figure.
+    """
+
+    row: str
+    cost: ModelCost
+    figures: Mapping[int, Mapping[str, float | None]]
+
+    def values(self, name: str) -> list[float]:
+        """The figure ``name`` of each seed that has it."""
+        found = (figures.get(name) for figures in self.figures.values())
+        return [value for value in found if value is not None]
+
+
+def count_as_tested(cfg: CfgNode) -> ModelCost:
+    """On a square of INPUT.MIN_SIZE_TEST pixels, rounded up to a size that the FPN can halve."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    multiple = max(model.backbone.size_divisibility, 1)
+    return count_detector(model, -(-cfg.INPUT.MIN_SIZE_TEST // multiple) * multiple).total
+
+
+def as_markdown(results: Sequence[RowResult]) -> str:
+    """A Markdown table; figures of several seeds as mean (least to greatest)."""
+    headers = ["config", "heads", "backbone", "params (M)", "GFLOPs", "seeds", *AP_NAMES]
+    lines = []
+    for result in results:
+        lines.append(
+            [
+                f"`{result.row}`",
+                *ROWS[result.row],
+                f"{result.cost.params / 1e6:.2f}",
+                f"{result.cost.flops_executed / 1e9:.3g}",
+                ", ".join(map(str, result.figures)) or NOT_MEASURED,
+                *(cell(result.values(name)) for name in AP_NAMES),
+            ]
+        )
+    alignment = ("left",) * 3 + ("right",) * (len(headers) - 3)
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+
+
+def as_data(results: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """For JSON: FLOPs of one image, a multiply and an add being two; the figures of each seed."""
+    return [
+        {
+            "row": result.row,
+            **result.cost._asdict(),
+            "figures": {str(seed): dict(figures) for seed, figures in result.figures.items()},
+            "mean": {
+                name: sum(values) / len(values)
+                for name in AP_NAMES
+                if (values := result.values(name))
+            },
+        }
+        for result in results
+    ]
+
+
+def cell(values: Iterable[float | None]) -> str:
+    """Mean (least to greatest) of what COCO has a figure of; a dash for nothing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return NOT_MEASURED
+    mean = f"{sum(known) / len(known):.1f}"
+    return mean if len(known) == 1 else f"{mean} ({min(known):.1f} to {max(known):.1f})"
