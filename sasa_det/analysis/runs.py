@@ -144,7 +144,7 @@ def architecture(cfg: CfgNode) -> Architecture:
     stem = sasa.STEM == "attention"
     return Architecture(
         stem=sasa.STEM,
-        stem_mixed_values=sasa.get("STEM_MIXED_VALUES", True) if stem else None,
+        stem_mixed_values=sasa.STEM_MIXED_VALUES if stem else None,
         attention_stages=stages,
         head_attention=head,
         fpn_attention=sasa.FPN_ATTENTION,
