@@ -1,0 +1,111 @@
+"""Accuracy against cost, drawn: what the paper published and what runs measured."""
+
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from .charts import COLOURS
+from .reproduction import Row, Table
+
+MARKERS = "osD^vP*X"
+
+
+class Point(NamedTuple):
+    """Costs in GFLOPs and millions of parameters; the error is half the length of the bar."""
+
+    row: Row
+    costs: tuple[float, float]
+    accuracy: float
+    error: float
+    is_ours: bool
+
+
+def draw_tradeoff(tables: Sequence[Table], file: BinaryIO) -> bool:
+    """A PNG: accuracy against GFLOPs, on the left, and against parameters, on the right.
+
+    A line of panels for each table, or two where what was measured is not of the paper's dataset.
+    Returns whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [panel for table in tables for panel in _panels(table)]
+    if not panels:
+        return False
+    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        size = (12, 4 * len(panels))
+        figure, axes = pyplot.subplots(
+            len(panels), 2, figsize=size, layout="constrained", squeeze=False
+        )
+        for pair, (table, points, y_label) in zip(axes, panels):
+            _draw(pair, table, points, y_label)
+        figure.savefig(file, dpi=110, format="png")
+        pyplot.close(figure)
+    return True
+
+
+def _panels(table: Table) -> list[tuple[Table, list[Point], str]]:
+    published, measured = _published(table), _measured(table)
+    name = table.figures[0]
+    panels = []
+    # The few rows of an ablation that the paper's Table 1 has are no picture of it.
+    if table.paper_figures[0] == name:
+        ours = measured if table.comparable else []
+        panels.append((table, published + ours, f"{name}, {table.paper_dataset}"))
+    if measured and not (panels and table.comparable):
+        panels.append((table, measured, f"{name}, {table.dataset}"))
+    return panels
+
+
+def _published(table: Table) -> list[Point]:
+    points = []
+    for row in table.rows:
+        names = ("gflops", "params_m", table.paper_figures[0])
+        gflops, params, accuracy = (row.published(name) for name in names)
+        if gflops is not None and params is not None and accuracy is not None:
+            points.append(Point(row, (gflops, params), accuracy, 0, False))
+    return points
+
+
+def _measured(table: Table) -> list[Point]:
+    points = []
+    for row in table.rows:
+        spread, counted = table.measured(row, table.figures[0]), row.counted_as_trained
+        if spread is not None and counted is not None:
+            costs = counted.cost.flops_paper / 1e9, counted.cost.params / 1e6
+            points.append(Point(row, costs, spread.mean, spread.deviation or 0, True))
+    return points
+
+
+def _draw(pair: Sequence[Any], table: Table, points: Sequence[Point], y_label: str) -> None:
+    # Rows with the same first label are one family, of several sizes.
+    families = list(dict.fromkeys(next(iter(row.labels.values())) for row in table.rows))
+    for panel, axis, x_label in zip(pair, (0, 1), ("GFLOPs", "parameters (M)")):
+        for index, family in enumerate(families):
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            for is_ours in (False, True):
+                family_points = [
+                    point
+                    for point in points
+                    if point.is_ours == is_ours and next(iter(point.row.labels.values())) == family
+                ]
+                if family_points:
+                    panel.errorbar(
+                        [point.costs[axis] for point in family_points],
+                        [point.accuracy for point in family_points],
+                        yerr=[point.error for point in family_points] if is_ours else None,
+                        color=colour,
+                        marker=marker,
+                        markersize=8,
+                        markerfacecolor=colour if is_ours else "white",
+                        capsize=3,
+                        linewidth=1.2,
+                        label=f"{family}, {'measured' if is_ours else 'paper'}",
+                    )
+        panel.set_xlabel(x_label)
+        panel.set_ylabel(y_label)
+        panel.grid(color="#e6e6e6")
+        panel.margins(0.1)
+    pair[0].set_title(table.title, loc="left", fontsize=11)
+    pair[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
