@@ -136,12 +136,14 @@ def test_every_figure_says_where_it_comes_from(tmp_path):
     rows = list(csv.DictReader(io.StringIO(as_csv([table]))))
     row = {(r["figure"], r["source"]): r for r in rows if r["row"].startswith("retinanet_conv,")}
     assert row["AP", "paper"]["value"] == "36.5"
-    assert row["AP", "paper"]["scale"] == "coco_2017_val"
+    assert row["AP", "paper"]["on"] == "coco_2017_val"
     assert row["AP", "measured"]["value"] == "36.0"
-    assert (row["AP", "measured"]["scale"], row["AP", "measured"]["seeds"]) == (DIGITS, "1")
+    assert (row["AP", "measured"]["on"], row["AP", "measured"]["seeds"]) == (DIGITS, "1")
     assert row["APl", "not measured"]["value"] == ""
-    assert row["params_m", "counted"]["scale"] == "64x64, 90 classes"
-    assert row["params_m", "counted as trained"]["scale"] == "128x128, 10 classes"
+    assert row["AP", "measured"]["deviation"] == ""
+    assert row["params_m", "counted"]["on"] == "64x64, 90 classes"
+    assert abs(float(row["params_m", "counted"]["deviation"])) < 0.005
+    assert row["params_m", "counted as trained"]["on"] == "128x128, 10 classes"
 
     data = as_data(table)["rows"]
     assert data[0]["measured"]["AP"] == {"mean": 36.0, "deviation": None, "seeds": 1}

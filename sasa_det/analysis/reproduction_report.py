@@ -10,7 +10,12 @@ from .report import markdown_table
 from .reproduction import Row, Spread, Table
 
 NOT_MEASURED, NOT_FOUND, NOT_IN_PAPER = "not measured", "not found", "not in the paper"
-CSV_COLUMNS = ("table", "row", "figure", "source", "scale", "value", "spread", "seeds")
+# "on": the dataset, or the size and the classes that were counted with. "deviation": from the
+# paper, of what is counted as a fraction, of what is measured as a difference.
+CSV_COLUMNS = (
+    *("table", "row", "figure", "source", "on", "value"),
+    *("deviation", "standard deviation", "seeds"),
+)
 COSTS = {"params_m": "params (M)", "gflops": "GFLOPs"}
 NOTES = """\
 - paper: as published, {paper_dataset}; "not found": the figure was not at hand.
@@ -35,7 +40,7 @@ def _notes(table: Table) -> str:
     if not table.comparable:
         measured += f", which is not the paper's {table.paper_dataset}: no deviations"
     if not any(row.runs for row in table.rows):
-        measured = NOT_MEASURED
+        measured = "nothing; no run of these rows was given"
     return NOTES.format(paper_dataset=table.paper_dataset, scales=scales, measured=measured)
 
 
@@ -53,9 +58,10 @@ def _cost_table(table: Table) -> str:
         line, deviations = list(row.labels.values()), row.deviations()
         first, *others = [_as_millions(counted.cost) for counted in row.counted]
         for name in COSTS:
-            deviation = f"{deviations[name]:+.1%}" if name in deviations else ""
+            # Not "-0.0%".
+            deviation = f"{round(deviations[name], 3) + 0.0:+.1%}" if name in deviations else ""
             line += [_published(row, name), _cost(name, first), deviation]
-        line.append(f"{row.counted[0].cost.flops_executed / 1e9:.4g}")
+        line.append(_cost("gflops", {"gflops": row.counted[0].cost.flops_executed / 1e9}))
         line += [_cost(name, other) for other in others for name in COSTS]
         lines.append(line)
     return markdown_table(lines, headers, len(table.rows[0].labels))
@@ -89,11 +95,11 @@ def _trained_table(table: Table) -> str:
             lines.append([*row.labels.values(), NOT_MEASURED, "", "", ""])
             continue
         cost = counted.cost
-        flops = [f"{x / 1e9:.4g}" for x in (cost.flops_paper, cost.flops_executed)]
-        lines.append([*row.labels.values(), counted.scale, f"{cost.params / 1e6:.4g}", *flops])
+        costs = (cost.params / 1e6, cost.flops_paper / 1e9, cost.flops_executed / 1e9)
+        lines.append([*row.labels.values(), counted.scale, *(f"{x:.3g}" for x in costs)])
     headers = [*table.rows[0].labels, "trained at"]
-    costs = ["params (M)", "GFLOPs", "GFLOPs, executed"]
-    return markdown_table(lines, [*headers, *costs], len(headers))
+    names = ["params (M)", "GFLOPs", "GFLOPs, executed"]
+    return markdown_table(lines, [*headers, *names], len(headers))
 
 
 def cell(spread: Spread | None) -> str:
@@ -132,27 +138,28 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def _figures(table: Table, row: Row) -> Iterator[tuple[Any, ...]]:
-    """Figure, source, scale, value, spread and seeds."""
+    """What follows table and row in :data:`CSV_COLUMNS`."""
     for name in (*COSTS, *table.paper_figures):
         value = row.published(name)
         missing = NOT_IN_PAPER if row.paper is None else NOT_FOUND
         source = "paper" if value is not None else missing
-        yield name, source, table.paper_dataset, value, None, None
-    for source, counted in [
-        *(("counted", counted) for counted in row.counted),
-        ("counted as trained", row.counted_as_trained),
-    ]:
-        if counted is not None:
-            cost = counted.cost
-            yield "params_m", source, counted.scale, cost.params / 1e6, None, None
-            yield "gflops", source, counted.scale, cost.flops_paper / 1e9, None, None
-            yield "gflops_executed", source, counted.scale, cost.flops_executed / 1e9, None, None
+        yield name, source, table.paper_dataset, value, None, None, None
+    trained = row.counted_as_trained
+    counted = [("counted", one) for one in row.counted]
+    deviations = row.deviations()
+    for source, one in [*counted, *([("counted as trained", trained)] if trained else [])]:
+        executed = {"gflops_executed": one.cost.flops_executed / 1e9}
+        for name, value in {**_as_millions(one.cost), **executed}.items():
+            deviation = deviations.get(name) if one is row.counted[0] else None
+            yield name, source, one.scale, value, deviation, None, None
     for name in table.figures:
         spread = table.measured(row, name)
         if spread is None:
-            yield name, NOT_MEASURED, table.dataset, None, None, None
+            yield name, NOT_MEASURED, table.dataset, None, None, None, None
         else:
-            yield name, "measured", table.dataset, *spread
+            mean, deviation, seeds = spread
+            off = table.difference(row, name)
+            yield name, "measured", table.dataset, mean, off, deviation, seeds
 
 
 def as_data(table: Table) -> dict[str, Any]:

@@ -10,13 +10,16 @@ MARKERS = "osD^vP*X"
 
 
 class Point(NamedTuple):
-    """Costs in GFLOPs and millions of parameters; the error is half the length of the bar."""
+    """Costs in GFLOPs and millions of parameters; the error is half the length of the bar.
+
+    The scale is what was trained at; None where the point is the paper's.
+    """
 
     row: Row
     costs: tuple[float, float]
     accuracy: float
     error: float
-    is_ours: bool
+    scale: str | None
 
 
 def draw_tradeoff(tables: Sequence[Table], file: BinaryIO) -> bool:
@@ -38,23 +41,28 @@ def draw_tradeoff(tables: Sequence[Table], file: BinaryIO) -> bool:
         figure, axes = pyplot.subplots(
             len(panels), 2, figsize=size, layout="constrained", squeeze=False
         )
-        for pair, (table, points, y_label) in zip(axes, panels):
-            _draw(pair, table, points, y_label)
+        for pair, (table, points, title) in zip(axes, panels):
+            _draw(pair, table, points)
+            pair[0].set_title(title, loc="left", fontsize=11)
         figure.savefig(file, dpi=110, format="png")
         pyplot.close(figure)
     return True
 
 
 def _panels(table: Table) -> list[tuple[Table, list[Point], str]]:
+    """Tables with the points of a line of panels and its title."""
     published, measured = _published(table), _measured(table)
-    name = table.figures[0]
+    scales = " or ".join(sorted({point.scale for point in measured if point.scale}))
+    ours = f"measured on {table.dataset}, {scales}; bars: ± standard deviation"
     panels = []
     # The few rows of an ablation that the paper's Table 1 has are no picture of it.
-    if table.paper_figures[0] == name:
-        ours = measured if table.comparable else []
-        panels.append((table, published + ours, f"{name}, {table.paper_dataset}"))
+    if table.paper_figures[0] == table.figures[0]:
+        points, title = published, f"{table.title}: the paper's, {table.paper_dataset}"
+        if measured and table.comparable:
+            points, title = [*published, *measured], f"{title}; {ours}"
+        panels.append((table, points, title))
     if measured and not (panels and table.comparable):
-        panels.append((table, measured, f"{name}, {table.dataset}"))
+        panels.append((table, measured, f"{table.title}: {ours}"))
     return panels
 
 
@@ -64,7 +72,7 @@ def _published(table: Table) -> list[Point]:
         names = ("gflops", "params_m", table.paper_figures[0])
         gflops, params, accuracy = (row.published(name) for name in names)
         if gflops is not None and params is not None and accuracy is not None:
-            points.append(Point(row, (gflops, params), accuracy, 0, False))
+            points.append(Point(row, (gflops, params), accuracy, 0, None))
     return points
 
 
@@ -74,11 +82,11 @@ def _measured(table: Table) -> list[Point]:
         spread, counted = table.measured(row, table.figures[0]), row.counted_as_trained
         if spread is not None and counted is not None:
             costs = counted.cost.flops_paper / 1e9, counted.cost.params / 1e6
-            points.append(Point(row, costs, spread.mean, spread.deviation or 0, True))
+            points.append(Point(row, costs, spread.mean, spread.deviation or 0, counted.scale))
     return points
 
 
-def _draw(pair: Sequence[Any], table: Table, points: Sequence[Point], y_label: str) -> None:
+def _draw(pair: Sequence[Any], table: Table, points: Sequence[Point]) -> None:
     # Rows with the same first label are one family, of several sizes.
     families = list(dict.fromkeys(next(iter(row.labels.values())) for row in table.rows))
     for panel, axis, x_label in zip(pair, (0, 1), ("GFLOPs", "parameters (M)")):
@@ -88,7 +96,8 @@ def _draw(pair: Sequence[Any], table: Table, points: Sequence[Point], y_label: s
                 family_points = [
                     point
                     for point in points
-                    if point.is_ours == is_ours and next(iter(point.row.labels.values())) == family
+                    if (point.scale is not None) == is_ours
+                    and next(iter(point.row.labels.values())) == family
                 ]
                 if family_points:
                     panel.errorbar(
@@ -104,8 +113,7 @@ def _draw(pair: Sequence[Any], table: Table, points: Sequence[Point], y_label: s
                         label=f"{family}, {'measured' if is_ours else 'paper'}",
                     )
         panel.set_xlabel(x_label)
-        panel.set_ylabel(y_label)
+        panel.set_ylabel(table.figures[0])
         panel.grid(color="#e6e6e6")
         panel.margins(0.1)
-    pair[0].set_title(table.title, loc="left", fontsize=11)
     pair[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
