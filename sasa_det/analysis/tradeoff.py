@@ -37,13 +37,11 @@ def draw_tradeoff(tables: Sequence[Table], file: BinaryIO) -> bool:
     if not panels:
         return False
     with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        size = (12, 4 * len(panels))
-        figure, axes = pyplot.subplots(
-            len(panels), 2, figsize=size, layout="constrained", squeeze=False
-        )
-        for pair, (table, points, title) in zip(axes, panels):
-            _draw(pair, table, points)
-            pair[0].set_title(title, loc="left", fontsize=11)
+        figure = pyplot.figure(figsize=(12, 4 * len(panels)), layout="constrained")
+        lines = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
+        for line, (table, points, title) in zip(lines, panels):
+            line.suptitle(title, fontsize=11)
+            _draw(line.subplots(1, 2), table, points)
         figure.savefig(file, dpi=110, format="png")
         pyplot.close(figure)
     return True
