@@ -7,9 +7,11 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from sasa_det.layers.local_attention import POSITIONS
+
 STAGES = ("res2", "res3", "res4", "res5")
 STEMS = ("conv", "attention")
-_CHOICES = {"STEM": STEMS, "POSITION": ("relative", "none")}
+_CHOICES = {"STEM": STEMS, "POSITION": POSITIONS}
 _OPTIMIZERS = ("SGD", "ADAMW")
 
 
@@ -21,13 +23,17 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.MODEL.SASA = CfgNode()
     # "attention": the attention stem of the paper. "conv": detectron2's 7x7 convolution.
     cfg.MODEL.SASA.STEM = "attention"
+    # Whether the attention stem mixes four value projections by the position inside a block, as the
+    # paper's does, or has one.
+    cfg.MODEL.SASA.STEM_MIXED_VALUES = True
     # The stages whose 3x3 convolutions become attention; empty for the convolutional baseline.
     cfg.MODEL.SASA.ATTENTION_STAGES = STAGES
     # Side of the attention window, odd.
     cfg.MODEL.SASA.KERNEL_SIZE = 7
     # Heads of every attention layer; each must get an even number of channels.
     cfg.MODEL.SASA.NUM_HEADS = 8
-    # "relative": row and column embeddings. "none": attention by content only.
+    # "relative": row and column embeddings. "absolute": sinusoids added to the input of each
+    # attention, for the convolutional stem only. "none": attention by content only.
     cfg.MODEL.SASA.POSITION = "relative"
     # A residual connection around the attention of each bottleneck. The paper has none; without it
     # a short training from scratch reaches less.
@@ -102,6 +108,11 @@ def check_sasa_config(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
         )
+    if sasa.POSITION == "absolute" and sasa.STEM == "attention":
+        raise ValueError(
+            "MODEL.SASA.POSITION is absolute, for which the three channels of an image leave the "
+            "attention stem no room; set MODEL.SASA.STEM to conv."
+        )
     _check_channels(cfg)
 
 
@@ -124,6 +135,11 @@ def _check_channels(cfg: CfgNode) -> None:
             raise ValueError(
                 f"MODEL.SASA.NUM_HEADS is {sasa.NUM_HEADS}, which does not divide the {number} "
                 f"channels of {part} into heads of an even size; choose a NUM_HEADS that does."
+            )
+        if sasa.POSITION == "absolute" and number % 4:
+            raise ValueError(
+                f"MODEL.SASA.POSITION absolute needs channels divisible by 4, but {part} has "
+                f"{number}."
             )
 
 

@@ -42,7 +42,15 @@ def test_overrides_of_the_command_line_win():
         (["MODEL.SASA.STEM", "pool"], "MODEL.SASA.STEM must be one of conv, attention, but is"),
         (["MODEL.SASA.ATTENTION_STAGES", "('res1',)"], "one of res2, res3, .* but is 'res1'"),
         (["MODEL.SASA.ATTENTION_STAGES", "res3"], "tuple.* vs. res3.*MODEL.SASA.ATTENTION_STAGES"),
-        (["MODEL.SASA.POSITION", "absolute"], "must be one of relative, none"),
+        (["MODEL.SASA.POSITION", "learned"], "must be one of relative, absolute, none"),
+        (["MODEL.SASA.POSITION", "absolute"], "no room; set MODEL.SASA.STEM to conv"),
+        (
+            [
+                *("MODEL.SASA.POSITION", "absolute", "MODEL.SASA.STEM", "conv"),
+                *("MODEL.SASA.NUM_HEADS", "1", "MODEL.FPN.OUT_CHANNELS", "66"),
+            ],
+            "divisible by 4, but the FPN .* has 66",
+        ),
         (["MODEL.SASA.KERNEL_SIZE", "8"], "KERNEL_SIZE must be odd, but is 8"),
         (["MODEL.SASA.KERNEL_SIZE", "seven"], "int.* vs. seven.*MODEL.SASA.KERNEL_SIZE"),
         (["MODEL.SASA.NUM_HEADS", "3"], "NUM_HEADS is 3, which does not divide the 64 channels"),

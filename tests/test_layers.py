@@ -1,5 +1,6 @@
 """The layers: shapes, initialisation, what they refuse; they import torch and nothing else."""
 
+import math
 import subprocess
 import sys
 
@@ -8,12 +9,34 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d, StemSelfAttention2d
+from sasa_det.layers.local_attention import sinusoidal_encodings
 
 
-@pytest.mark.parametrize("position", ["relative", "none"])
+@pytest.mark.parametrize("position", ["relative", "absolute", "none"])
 def test_local_attention_keeps_the_resolution(position):
-    layer = LocalSelfAttention2d(6, 16, kernel_size=5, num_heads=4, position=position)
-    assert layer(torch.randn(2, 6, 7, 1)).shape == (2, 16, 7, 1)
+    layer = LocalSelfAttention2d(8, 16, kernel_size=5, num_heads=4, position=position)
+    assert layer(torch.randn(2, 8, 7, 1)).shape == (2, 16, 7, 1)
+
+
+def test_absolute_positions_are_sinusoids_of_the_row_and_the_column():
+    encodings = sinusoidal_encodings(torch.zeros(3, 8, 5, 6))
+    assert encodings.shape == (1, 8, 5, 6)
+    for i, j in [(0, 0), (2, 5), (4, 1)]:
+        row = [math.sin(i), math.sin(i / 100), math.cos(i), math.cos(i / 100)]
+        col = [math.sin(j), math.sin(j / 100), math.cos(j), math.cos(j / 100)]
+        torch.testing.assert_close(encodings[0, :, i, j], torch.tensor(row + col))
+
+
+def test_absolute_positions_are_added_to_the_content_and_nothing_is_learned_of_them():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=3, num_heads=2, position="absolute")
+    by_content = LocalSelfAttention2d(16, 16, kernel_size=3, num_heads=2, position="none")
+    by_content.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 16, 6, 7)
+    x_there = x + sinusoidal_encodings(x)
+    torch.testing.assert_close(layer(x), by_content(x_there))
+    torch.testing.assert_close(layer.attention_weights(x), by_content.attention_weights(x_there))
+    assert layer(torch.ones(1, 16, 6, 7)).std(dim=(2, 3)).min() > 0.01  # it sees where it is
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_projections_are_full_and_without_bias_and_embeddings_belong_to_heads():
@@ -53,13 +76,34 @@ def test_stem_clips_blocks_at_the_border():
     torch.testing.assert_close(layer(x)[:, :, :8, :4], layer(x[:, :, :8, :4]))
 
 
+def test_plain_values_of_the_stem_are_a_mixture_of_equals():
+    plain = StemSelfAttention2d(3, 16, num_heads=2, num_mixtures=1)
+    mixed = StemSelfAttention2d(3, 16, num_heads=2)
+    names = {name for name, _ in plain.named_parameters()}
+    assert names == {"query_key_weight", "value_weights", "rel_rows", "rel_cols"}
+    assert plain.value_weights.shape == (1, 16, 3)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            getattr(mixed, name).copy_(parameter)
+    x, sign = torch.randn(2, 3, 9, 8), torch.ones(16)
+    torch.testing.assert_close(plain(x), mixed(x))
+    for actual, wanted in zip(plain.pooled(x, sign), mixed.pooled(x, sign)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stem_has_no_absolute_positions():
+    with pytest.raises(ValueError, match=r"3 channels of an image.*choose the convolutional stem"):
+        StemSelfAttention2d(position="absolute")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"out_channels": 30}, "30 channels do not divide into num_heads=8"),
         ({"out_channels": 24}, "head_dim must be even"),
         ({"kernel_size": 6}, "kernel_size must be odd.*choose 5 or 7"),
-        ({"position": "absolute"}, 'position must be "relative" or "none", but is \'absolute\''),
+        ({"position": "learned"}, "position must be one of relative, absolute, none, but is"),
+        ({"position": "absolute", "in_channels": 6}, "need channels divisible by 4.* there are 6"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -88,8 +132,9 @@ except ImportError as error:
 """
 
 
-def test_the_layer_compiles_and_keeps_no_queries_keys_and_values():
-    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2)
+@pytest.mark.parametrize("position", ["relative", "absolute"])
+def test_the_layer_compiles_and_keeps_no_queries_keys_and_values(position):
+    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2, position=position)
     x = torch.randn(1, 16, 14, 13, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -101,6 +146,14 @@ def test_the_layer_compiles_and_keeps_no_queries_keys_and_values():
     actual = torch.autograd.grad(compiled.square().sum(), [x, *layer.parameters()])
     for a, w in zip(actual, wanted):
         torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
+
+
+def test_absolute_positions_are_exported_for_any_size():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2, position="absolute")
+    size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(layer, (torch.randn(2, 16, 9, 8),), dynamic_shapes=(size,))
+    x = torch.randn(2, 16, 12, 10)
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_formula():

@@ -58,10 +58,19 @@ def test_everything_is_registered_under_its_name():
     assert "SASARetinaNet" in META_ARCH_REGISTRY
 
 
-@pytest.mark.parametrize("config", DETECTORS)
-def test_every_config_trains_all_its_parameters_and_detects(config):
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        *((config, []) for config in DETECTORS),
+        ("retinanet_convstem_attn", ["MODEL.SASA.POSITION", "absolute"]),
+        ("retinanet_full_attn_fpn", ["MODEL.SASA.POSITION", "none"]),
+        ("retinanet_full_attn", ["MODEL.SASA.STEM_MIXED_VALUES", "False"]),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) and x else "",
+)
+def test_every_config_trains_all_its_parameters_and_detects(config, overrides):
     torch.manual_seed(0)
-    model = build_model(small(config, "MODEL.SASA.NUM_HEADS", "4")).train()
+    model = build_model(small(config, "MODEL.SASA.NUM_HEADS", "4", *overrides)).train()
     with EventStorage():
         losses = model([a_sample(), a_sample(128, 64)])
     sum(losses.values()).backward()

@@ -18,7 +18,7 @@ from torch import nn
 from sasa_det.analysis import count_detector, count_network, flop_handles
 from sasa_det.analysis.paper import TABLE_1, TABLE_2, TABLE_2_IMAGE_SIZE, TABLE_2_NUM_CLASSES
 from sasa_det.config import load_config
-from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
 from sasa_det.modeling import make_sasa_resnet
 
 # The fifth row's published FLOPs lie between the two ways to count it.
@@ -68,6 +68,25 @@ def test_attention_in_the_fpn_costs_what_the_readme_says():
     assert cost.params / 1e6 == pytest.approx(20.8, abs=0.05)
     assert cost.flops_paper / 1e9 == pytest.approx(108.0, abs=0.06)
     assert cost.flops_executed / 1e9 == pytest.approx(104.0, abs=0.06)
+
+
+@pytest.mark.parametrize(("mixtures", "paper"), [(4, 6 * 3 + 48 + 4), (1, 3 * 3 + 48)])
+def test_the_stem_by_hand(mixtures, paper):
+    stem = StemSelfAttention2d(3, 16, num_heads=2, num_mixtures=mixtures)
+    cost = count_network(nn.Sequential(stem), 20)
+    mixture = 16 * 16 * 4 if mixtures == 4 else 0  # p(a, b, m) for the 16 positions of a block
+    assert cost.flops_paper == 2 * (400 * 16 * paper + mixture)
+    # The weights of the positions are mixed once, not the values of each pixel.
+    assert cost.flops_executed == 2 * (400 * 16 * (3 * 3 + 48) + 4 * mixture)
+
+
+def test_absolute_positions_cost_no_flops():
+    layers = [
+        LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=4, position=position)
+        for position in ("absolute", "none")
+    ]
+    absolute, by_content = (count_network(nn.Sequential(x), 20, in_channels=16) for x in layers)
+    assert absolute == by_content
 
 
 def test_one_layer_by_hand():

@@ -33,6 +33,17 @@ class Table2Row(NamedTuple):
     ap_large: float
 
 
+class AblationRow(NamedTuple):
+    """A ResNet-50; what it is where a table of ablations varies something else."""
+
+    name: str
+    stem: str = "conv"
+    stem_mixed_values: bool = True
+    attention_stages: tuple[str, ...] = STAGES
+    kernel_size: int = 7
+    position: str = "relative"
+
+
 TABLE_1 = (
     Table1Row("baseline", 26, "conv", (), 4.7, 13.7, 74.5),
     Table1Row("baseline", 38, "conv", (), 6.5, 19.6, 76.2),
@@ -44,6 +55,9 @@ TABLE_1 = (
     Table1Row("full attention", 38, "attention", STAGES, 6.0, 14.1, 76.9),
     Table1Row("full attention", 50, "attention", STAGES, 7.2, 18.0, 77.6),
 )
+
+TABLE_1_IMAGE_SIZE = 224
+TABLE_1_NUM_CLASSES = 1000
 
 # What the paper does not print, and its figures imply: 640x640 images, 90 category ids, 6 anchors a
 # location, the FPN's 3x3 convolutions kept in all rows, q . r counted as Eq. 3 is written.
@@ -63,3 +77,19 @@ TABLE_2 = (
               110, 22.0, 36.6, 54.5, 39.2, 18.5, 40.6, 51.6),
 )
 # fmt: on
+
+# What the paper's ablations vary, of a ResNet-50 with the convolutional stem; its "groups" 1 to 4
+# are res2 to res5. Their published figures were not at hand: only Table 1's rows have them.
+ABLATIONS = {
+    "stages that attend": tuple(
+        AblationRow(", ".join(stages) or "none", attention_stages=stages)
+        for stages in [*(STAGES[i:] for i in range(5)), *(STAGES[:i] for i in range(1, 4))]
+    ),
+    "window": tuple(AblationRow(f"{k} x {k}", kernel_size=k) for k in (3, 5, 7, 9, 11)),
+    "position": tuple(AblationRow(p, position=p) for p in ("relative", "absolute", "none")),
+    "stem": (
+        AblationRow("convolution"),
+        AblationRow("attention, spatially mixed values", stem="attention"),
+        AblationRow("attention, plain values", stem="attention", stem_mixed_values=False),
+    ),
+}

@@ -38,7 +38,7 @@ def comparison_table(comparison: Comparison) -> str:
         if whole:
             line.append(cell(memory and memory.total / MIB))
         lines.append([*line, row.memory_format, row.backend or ""])
-    return _markdown(lines, headers)
+    return markdown_table(lines, headers)
 
 
 def grid_table(
@@ -64,7 +64,7 @@ def grid_table(
         columns = [[median(x) for x in column if x is not None] for column in zip(*table)]
         ratios = [max(x) / min(x) if len(x) > 1 and min(x) > 0 else None for x in columns]
         lines.append(["largest ÷ smallest", *map(cell, ratios)])
-    return _markdown(lines, [first, *names])
+    return markdown_table(lines, [first, *names])
 
 
 def time_ratio(comparison: Comparison, name: str) -> Spread | None:
@@ -144,6 +144,9 @@ def _scaled(x: Spread | None, factor: float) -> Spread | None:
     return None if x is None else Spread(*(factor * value for value in x))
 
 
-def _markdown(lines: list[list], headers: list[str]) -> str:
-    alignment = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+def markdown_table(lines: Sequence[list], headers: Sequence[str], text_columns: int = 1) -> str:
+    """The first ``text_columns`` to the left, the others to the right."""
+    alignment = ["left"] * text_columns + ["right"] * (len(headers) - text_columns)
+    return tabulate(
+        lines, list(headers), tablefmt="pipe", disable_numparse=True, colalign=alignment
+    )

@@ -1,7 +1,7 @@
 """Training runs as ``tools/train_net.py`` leaves them: what was trained, how, how well it did."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ CONFIG_FILE = "config.yaml"  # as detectron2's default_setup calls it
 METRICS_FILE = "metrics.json"
 MAX_DEPTH = 3
 
-# Two runs may differ in these and still be compared; all of MODEL.SASA is compared by itself.
+# Two runs may differ in these and still be compared; MODEL.SASA is compared by itself.
 _FREE = (
     *("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "MODEL.DEVICE"),
     *("DATASETS.TEST", "DATALOADER.", "TEST.", "SOLVER.CHECKPOINT_PERIOD", "MODEL.SASA."),
@@ -79,18 +79,22 @@ class Run(NamedTuple):
         Raises:
             ValueError: if it was evaluated on others only, naming the file, those and the remedy.
         """
-        if dataset not in self.results:
-            others = ", ".join(self.results)
-            raise ValueError(
-                f"{str(self.folder / RESULTS_FILE)!r} has figures of {others}, not of {dataset}, "
-                f"and figures of different datasets cannot be compared; give --dataset "
-                f"{next(iter(self.results), '')} or leave this run out."
-            )
-        return self.results[dataset].get("bbox", {})
+        return on_dataset(self.folder, self.results, dataset).get("bbox", {})
 
 
-def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The folders that hold a run: these themselves, and those up to three levels below.
+def on_dataset(folder: Path, results: Mapping[str, dict], dataset: str) -> dict[str, Any]:
+    """``results[dataset]``, or a ValueError that names the file, its datasets and the remedy."""
+    if dataset not in results:
+        raise ValueError(
+            f"{str(folder / RESULTS_FILE)!r} has figures of {', '.join(results)}, not of "
+            f"{dataset}, and different datasets cannot stand in one table; give --dataset "
+            f"{next(iter(results), '')} or leave this run out."
+        )
+    return results[dataset]
+
+
+def find_runs(folders: Sequence[Path], file: str = CONFIG_FILE) -> list[Path]:
+    """The folders that hold ``file``: these themselves, and those up to three levels below.
 
     Raises:
         FileNotFoundError: for a folder that does not exist or that holds no run.
@@ -99,12 +103,12 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"The folder of runs {str(folder)!r} does not exist.")
-        levels = ["*/" * depth + CONFIG_FILE for depth in range(MAX_DEPTH + 1)]
+        levels = ["*/" * depth + file for depth in range(MAX_DEPTH + 1)]
         inside = sorted(path.parent for level in levels for path in folder.glob(level))
         if not inside:
             raise FileNotFoundError(
-                f"There is no {CONFIG_FILE} in {str(folder)!r} or up to {MAX_DEPTH} levels below; "
-                "name output folders of tools/train_net.py, or a folder of such folders."
+                f"There is no {file} in {str(folder)!r} or up to {MAX_DEPTH} levels below; "
+                "name output folders of the training, or a folder of such folders."
             )
         for run in inside:
             found.setdefault(run.resolve(), run)
@@ -118,18 +122,7 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError, ValueError: for a file that is missing or makes no sense, naming it.
     """
     cfg = load_config(str(folder / CONFIG_FILE))
-    path = folder / RESULTS_FILE
-    try:
-        results = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}; evaluate the run anew.") from error
-    shape_is_right = isinstance(results, dict) and all(
-        isinstance(task, dict)
-        for tasks in results.values()
-        for task in (tasks.values() if isinstance(tasks, dict) else [tasks])
-    )
-    if not shape_is_right:
-        raise ValueError(f"{str(path)!r} is not {{dataset: {{task: {{name: figure}}}}}}.")
+    results = _read_results(folder / RESULTS_FILE)
     # After the last step detectron2 counts one more.
     iterations = min(_iterations(folder / METRICS_FILE), cfg.SOLVER.MAX_ITER)
     return Run(folder, cfg, results, iterations)
@@ -138,44 +131,96 @@ def read_run(folder: Path) -> Run:
 def architecture(cfg: CfgNode) -> Architecture:
     """By what is attention in a config, whatever its file or folder is called."""
     sasa = cfg.MODEL.SASA
-    stages = tuple(sorted(sasa.ATTENTION_STAGES))
+    ours = "sasa" in cfg.MODEL.BACKBONE.NAME  # detectron2's backbones do not read MODEL.SASA
+    stages = tuple(sorted(sasa.ATTENTION_STAGES)) if ours else ()
+    fpn = ours and sasa.FPN_ATTENTION
     head = sasa.HEAD_ATTENTION and cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
-    windows = bool(stages or head or sasa.FPN_ATTENTION)
-    stem = sasa.STEM == "attention"
+    windows = bool(stages or head or fpn)
+    stem = ours and sasa.STEM == "attention"
     return Architecture(
-        stem=sasa.STEM,
-        stem_mixed_values=sasa.get("STEM_MIXED_VALUES", True) if stem else None,
+        stem="attention" if stem else "conv",
+        stem_mixed_values=sasa.STEM_MIXED_VALUES if stem else None,
         attention_stages=stages,
         head_attention=head,
-        fpn_attention=sasa.FPN_ATTENTION,
+        fpn_attention=fpn,
         kernel_size=sasa.KERNEL_SIZE if windows else None,
         position=sasa.POSITION if windows or stem else None,
     )
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """What should be equal in a fair comparison, and is not: {config key: its values}.
+def settings(cfg: CfgNode, row_fields: Sequence[str]) -> dict[str, Any]:
+    """What must be equal for a fair comparison, by config key.
 
-    The seed, the folder and what only concerns the machine are free to differ, and of MODEL.SASA
-    all that makes an :class:`Architecture`.
+    That is all but the seed, the folder, what only concerns the machine, and ``row_fields``: the
+    fields of :class:`Architecture` that make the rows of the table.
     """
+    found = {key: value for key, value in _flat(cfg) if not key.startswith(_FREE)}
+    # Each row has a backbone of its own to start from, so whether there is one is what counts; and
+    # evaluating a run's own checkpoint writes that into its config.
+    weights = cfg.MODEL.WEIGHTS
+    pretrained = bool(weights) and Path(weights).parent != Path(cfg.OUTPUT_DIR)
+    found["MODEL.WEIGHTS"] = "pretrained" if pretrained else "from scratch"
+    model = architecture(cfg)
+    for field, value in model._asdict().items():
+        if field not in row_fields and value is not None:
+            found[f"MODEL.SASA.{field.upper()}"] = value
+    if model.position is not None:  # something attends
+        found["MODEL.SASA.NUM_HEADS"] = cfg.MODEL.SASA.NUM_HEADS
+    return found
+
+
+def differences(several: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The settings whose values differ among those that have them: {name: values}."""
     values: dict[str, list[Any]] = {}
-    for run in runs:
-        for key, value in _settings(run.cfg).items():
-            known = values.setdefault(key, [])
+    for one in several:
+        for name, value in one.items():
+            known = values.setdefault(name, [])
             if value not in known:
                 known.append(value)
-    return {key: known for key, known in values.items() if len(known) > 1}
+    return {name: known for name, known in values.items() if len(known) > 1}
 
 
-def _settings(cfg: CfgNode) -> dict[str, Any]:
-    settings = {key: value for key, value in _flat(cfg) if not key.startswith(_FREE)}
-    # Evaluating a run's own checkpoint writes its path into the run's config.
-    if Path(cfg.MODEL.WEIGHTS).parent == Path(cfg.OUTPUT_DIR):
-        settings["MODEL.WEIGHTS"] = ""
-    if architecture(cfg).position is not None:  # where something attends
-        settings["MODEL.SASA.NUM_HEADS"] = cfg.MODEL.SASA.NUM_HEADS
-    return settings
+class ClassifierRun(NamedTuple):
+    """A folder of tools/train_classifier.py.
+
+    Attributes:
+        folder (Path): its output folder.
+        model: what its evaluation.json says of the model: depth, stem, attention_stages, ...
+        results: {dataset: {"top1": ..., "top5": ...}}, in percent.
+    """
+
+    folder: Path
+    model: dict[str, Any]
+    results: dict[str, dict[str, float | None]]
+
+
+def read_classifier(folder: Path) -> ClassifierRun | None:
+    """None for a run that is no classifier's.
+
+    Raises:
+        ValueError: for a file that makes no sense, naming it.
+    """
+    found = _read_results(folder / RESULTS_FILE)
+    results = {
+        name: tasks["classification"] for name, tasks in found.items() if "classification" in tasks
+    }
+    described = [tasks["model"] for tasks in found.values() if "model" in tasks]
+    return ClassifierRun(folder, described[0] if described else {}, results) if results else None
+
+
+def _read_results(path: Path) -> dict[str, dict[str, dict]]:
+    try:
+        results = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}; evaluate the run anew.") from error
+    if not isinstance(results, dict) or not all(
+        isinstance(tasks, dict) and all(isinstance(figures, dict) for figures in tasks.values())
+        for tasks in results.values()
+    ):
+        raise ValueError(
+            f"{str(path)!r} is not {{dataset: {{task: {{name: figure}}}}}}; evaluate the run anew."
+        )
+    return results
 
 
 def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sasa_det.ops import local_attention, local_attention_weights, projected_attention
 from sasa_det.ops.checks import check_heads, check_kernel_size
 
+POSITIONS = ("relative", "absolute", "none")
 EMBEDDING_STD = 0.1
 
 
@@ -25,7 +26,8 @@ class LocalSelfAttention2d(nn.Module):
         kernel_size (int): side of the window, odd.
         num_heads (int): number of heads.
         position (str): "relative" adds learned row and column embeddings, one a head and an offset
-            (the paper shares nothing between heads); "none" attends by content only.
+            (the paper shares nothing between heads); "absolute" adds :func:`sinusoidal_encodings`
+            to the input and needs in_channels divisible by 4; "none" attends by content only.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H, W), any H, W >= 1.
@@ -47,12 +49,16 @@ class LocalSelfAttention2d(nn.Module):
         self.out_channels = out_channels
         self.kernel_size = kernel_size
         self.num_heads = num_heads
+        self.position = position
+        if position == "absolute":
+            check_encoded_channels(in_channels)
         # Query, key and value in one convolution: the input is read once.
         self.projection = nn.Conv2d(in_channels, 3 * out_channels, kernel_size=1, bias=False)
         self.rel_rows, self.rel_cols = make_embeddings(num_heads, kernel_size, head_dim, position)
         init_projection(self.projection.weight, out_channels, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self._with_position(x)
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
         projection = self.projection
@@ -66,7 +72,7 @@ class LocalSelfAttention2d(nn.Module):
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""
-        query, key, _ = self.projection(x).chunk(3, dim=1)
+        query, key, _ = self.projection(self._with_position(x)).chunk(3, dim=1)
         return local_attention_weights(
             query,
             key,
@@ -76,11 +82,13 @@ class LocalSelfAttention2d(nn.Module):
             kernel_size=self.kernel_size,
         )
 
+    def _with_position(self, x: Tensor) -> Tensor:
+        return x + sinusoidal_encodings(x) if self.position == "absolute" else x
+
     def extra_repr(self) -> str:
-        position = "none" if self.rel_rows is None else "relative"
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"num_heads={self.num_heads}, position={position}"
+            f"num_heads={self.num_heads}, position={self.position}"
         )
 
 
@@ -137,14 +145,40 @@ def make_embeddings(
     num_heads: int, num_offsets: int, head_dim: int, position: str
 ) -> tuple[nn.Parameter | None, nn.Parameter | None]:
     """Row and column embeddings (num_heads, num_offsets, head_dim // 2), or (None, None)."""
-    if position not in ("relative", "none"):
-        raise ValueError(f'position must be "relative" or "none", but is {position!r}.')
-    if position == "none":
+    if position not in POSITIONS:
+        raise ValueError(f"position must be one of {', '.join(POSITIONS)}, but is {position!r}.")
+    if position != "relative":
         return None, None
     shape = (num_heads, num_offsets, head_dim // 2)
     # Small, so that training starts from attention by content: drawn at 1.0 it learns less well.
     rows, cols = (nn.Parameter(torch.randn(shape) * EMBEDDING_STD) for _ in range(2))
     return rows, cols
+
+
+def check_encoded_channels(channels: int) -> None:
+    if channels % 4:
+        raise ValueError(
+            f"Absolute positions need channels divisible by 4, sines and cosines of rows and of "
+            f"columns, but there are {channels}; choose another number, or position relative."
+        )
+
+
+def sinusoidal_encodings(x: Tensor) -> Tensor:
+    """The absolute positions of a map (N, C, H, W), (1, C, H, W): what is added to its content.
+
+    The paper (section 2.2) names sinusoids of the absolute position and defines no more. Here the
+    first half of the channels encodes the row, the second the column, in pixels of the map: sines,
+    then cosines, of wavelengths from 2 pi to 10000 * 2 pi, as in "Attention Is All You Need".
+    """
+    channels, height, width = x.shape[1:]
+    steps = torch.arange(channels // 4, device=x.device, dtype=torch.float32)
+    frequencies = (10000 ** (-4 / channels * steps))[:, None, None]
+    halves = []
+    for size, shape in ((height, (1, height, 1)), (width, (1, 1, width))):
+        position = torch.arange(size, device=x.device, dtype=torch.float32).view(shape)
+        angles = frequencies * position
+        halves += [wave.expand(-1, height, width) for wave in (angles.sin(), angles.cos())]
+    return torch.cat(halves)[None].to(x.dtype)
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ class StemSelfAttention2d(nn.Module):
         out_channels (int): channels of the output, num_heads * head_dim with an even head_dim.
         block_size (int): side of a block.
         num_heads (int): number of heads.
-        num_mixtures (int): number of value projections that are mixed.
-        position (str): "relative" or "none", as in :class:`LocalSelfAttention2d`.
+        num_mixtures (int): number of value projections that are mixed; 1 is one plain projection.
+        position (str): "relative" or "none", as in :class:`LocalSelfAttention2d`. The few channels
+            of an image leave no room for absolute positions.
 
     Shape:
         (N, in_channels, H, W) to (N, out_channels, H, W); blocks that reach over the border are
@@ -40,6 +41,11 @@ class StemSelfAttention2d(nn.Module):
         position: str = "relative",
     ) -> None:
         super().__init__()
+        if position == "absolute":
+            raise ValueError(
+                f"The {in_channels} channels of an image leave no room for absolute positions; "
+                "choose the convolutional stem, or position relative or none."
+            )
         head_dim = check_heads(out_channels, num_heads)
         self.block_size = block_size
         self.num_heads = num_heads
@@ -48,17 +54,20 @@ class StemSelfAttention2d(nn.Module):
         self.rel_rows, self.rel_cols = make_embeddings(
             num_heads, 2 * block_size - 1, head_dim, position
         )
-        self.row_embedding = nn.Parameter(torch.randn(block_size, out_channels))
-        self.col_embedding = nn.Parameter(torch.randn(block_size, out_channels))
-        # nu of the paper, scaled so that the mixture starts neither uniform nor one-hot.
-        self.mixture_embedding = nn.Parameter(
-            torch.randn(num_mixtures, out_channels) * out_channels**-0.5
-        )
+        if num_mixtures > 1:
+            self.row_embedding = nn.Parameter(torch.randn(block_size, out_channels))
+            self.col_embedding = nn.Parameter(torch.randn(block_size, out_channels))
+            # nu of the paper, scaled so that the mixture starts neither uniform nor one-hot.
+            self.mixture_embedding = nn.Parameter(
+                torch.randn(num_mixtures, out_channels) * out_channels**-0.5
+            )
         init_projection(self.query_key_weight, out_channels, head_dim)
         nn.init.normal_(self.value_weights, std=in_channels**-0.5)
 
     def mixture(self) -> Tensor:
         """p(a, b, m) as (num_mixtures, block_size, block_size), summing to one over the first."""
+        if self.value_weights.shape[0] == 1:
+            return self.value_weights.new_ones(1, self.block_size, self.block_size)
         position = self.row_embedding[:, None] + self.col_embedding[None, :]
         logits = torch.einsum("abc,mc->mab", position, self.mixture_embedding)
         return logits.softmax(dim=0)

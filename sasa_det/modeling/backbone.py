@@ -28,6 +28,7 @@ def make_sasa_resnet(
     *,
     depth: int = 50,
     stem: str = "attention",
+    stem_mixed_values: bool = True,
     attention_stages: Sequence[str] = ("res2", "res3", "res4", "res5"),
     kernel_size: int = 7,
     num_heads: int = 8,
@@ -49,6 +50,7 @@ def make_sasa_resnet(
     Args:
         depth (int): 26, 38, 50, 101 or 152.
         stem (str): "attention" or "conv".
+        stem_mixed_values (bool): of the attention stem, see :class:`AttentionStem`.
         attention_stages (tuple[str]): out of res2, res3, res4, res5; the others are convolutional.
         kernel_size, num_heads, position: of every attention layer.
         residual (bool): around the attention of each bottleneck.
@@ -73,7 +75,9 @@ def make_sasa_resnet(
     if stem == "conv":
         stem_module = BasicStem(in_channels, stem_channels, norm=norm)
     else:
-        stem_module = AttentionStem(in_channels, stem_channels, norm=norm, **attention)
+        stem_module = AttentionStem(
+            in_channels, stem_channels, norm=norm, mixed_values=stem_mixed_values, **attention
+        )
     stages = []
     channels, out_channels = stem_channels, res2_channels
     for index, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
@@ -123,6 +127,7 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return make_sasa_resnet(
         depth=resnets.DEPTH,
         stem=sasa.STEM,
+        stem_mixed_values=sasa.STEM_MIXED_VALUES,
         attention_stages=sasa.ATTENTION_STAGES,
         kernel_size=sasa.KERNEL_SIZE,
         num_heads=sasa.NUM_HEADS,

@@ -21,6 +21,7 @@ class AttentionStem(CNNBlockBase):
         norm (str or callable): normalisation after the attention, as in detectron2's ``get_norm``.
         num_heads (int): heads of the attention.
         position (str): "relative" or "none".
+        mixed_values (bool): values spatially mixed out of four projections, or one projection.
     """
 
     def __init__(
@@ -31,10 +32,15 @@ class AttentionStem(CNNBlockBase):
         norm="BN",
         num_heads: int = 8,
         position: str = "relative",
+        mixed_values: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, stride=4)
         self.attention = StemSelfAttention2d(
-            in_channels, out_channels, num_heads=num_heads, position=position
+            in_channels,
+            out_channels,
+            num_heads=num_heads,
+            num_mixtures=4 if mixed_values else 1,
+            position=position,
         )
         self.norm = get_norm(norm, out_channels) or nn.Identity()
 
@@ -70,7 +76,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         norm (str or callable): normalisation after each layer, as in detectron2's ``get_norm``.
         kernel_size (int): side of the attention window, odd.
         num_heads (int): heads of the attention.
-        position (str): "relative" or "none".
+        position (str): "relative", "absolute" or "none".
         residual (bool): whether the attention's input is added to its output.
     """
 

@@ -13,7 +13,7 @@ class AttentionFPN(FPN):
     Args:
         kernel_size (int): side of the attention window, odd.
         num_heads (int): heads of the attention.
-        position (str): "relative" or "none".
+        position (str): "relative", "absolute" or "none".
         norm (str): for the lateral convolutions as in detectron2, and in front of each attention;
             there GN where it is empty.
         options: the other arguments of detectron2's ``FPN``.

@@ -3,7 +3,8 @@
 Two ways to count. *Executed*: what the operator needs; q . r factorises into a row and a column
 part, k * C multiply-adds a position (the eager path spends more on small maps, where it computes
 all pairs). *Dense* (``dense=True``): as Eq. 3 of the paper is written, k * k * C for q . r, and in
-the stem M value projections followed by their mixture. The paper's tables count dense.
+the stem M value projections followed by their mixture. The paper's tables count dense. One value
+projection alone is not mixed.
 """
 
 from collections.abc import Sequence
@@ -47,9 +48,11 @@ def stem_attention_flops(
     value_projections = num_mixtures if dense else 1
     per_position = (2 + value_projections) * in_channels * out_channels
     per_position += 2 * window * out_channels
-    if dense:
+    if dense and num_mixtures > 1:
         per_position += num_mixtures * out_channels  # the mixture of the projected values
     if relative:
         per_position += window * out_channels
-    mixture_of_weights = 0 if dense else window * num_mixtures * out_channels * in_channels
+    mixture_of_weights = window * num_mixtures * out_channels * in_channels
+    if dense or num_mixtures == 1:
+        mixture_of_weights = 0
     return 2 * (n * height * width * per_position + mixture_of_weights)
