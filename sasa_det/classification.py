@@ -36,7 +36,11 @@ PIXEL_STD = (57.375, 57.12, 58.395)
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """What a training depends on, besides the images; the defaults are the paper's on ImageNet."""
+    """What a training depends on, besides the images.
+
+    Model, epochs, warm-up, batch, learning rate and average are by default the paper's on ImageNet;
+    what else there is, as is usual for ResNets.
+    """
 
     depth: int = 50
     stem: str = "attention"
@@ -136,7 +140,7 @@ class Accuracy(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         hits, count = (sum(part) for part in zip(*parts))
-        top1, top5 = (100 * hits / count).tolist()
+        top1, top5 = (100 * int(hit) / count for hit in hits)
         return {"classification": {"top1": top1, "top5": top5}}
 
 

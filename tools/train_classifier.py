@@ -8,7 +8,8 @@
 
 The three models of the paper's Table 1, each with --depth 26, 38 or 50: full attention is the
 default; --stem conv is its convolutional stem with attention; and --stem conv --attention-stages,
-with no stage named, is the convolutional baseline. The other defaults are the paper's on ImageNet.
+with no stage named, is the convolutional baseline. Epochs, batch, learning rate and average are by
+default the paper's on ImageNet.
 """
 
 import argparse
