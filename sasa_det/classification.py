@@ -270,8 +270,6 @@ class ClassifierTrainer(SimpleTrainer):
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.resume_or_load("", resume=True)
             start = self.iter + 1
-        # Before the first batch is asked for, which is when the data are opened.
-        self.start_iter = start
         self.train(start, self.max_iter)
 
     def test(self) -> dict[str, dict[str, float]]:
@@ -312,6 +310,7 @@ class ClassifierTrainer(SimpleTrainer):
         self.average.n_averaged.fill_(state_dict["num_averaged"])
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator: it begins with the first step, when it is known which one that is.
         recipe = self.recipe
         transform = data.train_transform(recipe.data_format, recipe.image_size, recipe.min_crop)
         images = data.TransformedImages(self.images[0], transform)
