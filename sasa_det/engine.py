@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from sasa_det.compat import has_compiled_operators
 from sasa_det.data import build_train_mapper
 from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.optimizer import optimizer_params
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "evaluation.json"
@@ -38,15 +39,12 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """SGD as detectron2 builds it, or AdamW; position embeddings do not decay."""
         solver = cfg.SOLVER
-        no_decay = {"weight_decay": 0.0}
-        position_embeddings = ("rel_rows", "rel_cols", "row_embedding", "col_embedding")
-        params = get_default_optimizer_params(
+        params = optimizer_params(
             model,
             base_lr=solver.BASE_LR,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
             bias_lr_factor=solver.BIAS_LR_FACTOR,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-            overrides=dict.fromkeys(position_embeddings, no_decay),
         )
         options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
         if solver.OPTIMIZER == "ADAMW":
