@@ -1,0 +1,236 @@
+"""Fits each attention layer to the convolution whose place it takes."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import Tensor, nn
+
+from sasa_det.layers import PreNormSelfAttention2d
+from sasa_det.modeling import (
+    AttentionBottleneckBlock,
+    AttentionFPN,
+    AttentionRetinaNetHead,
+    AttentionStem,
+)
+
+from .checkpoints import Source
+from .convert import convert
+from .images import image_loaders
+
+_LEARNING_RATE = 1e-3
+_LOGGED_STEPS = 10
+
+
+class LayerError(NamedTuple):
+    """Squared error of a layer on unseen images, relative to the variance of its target.
+
+    One is the error of a layer that knows each channel's mean, and nothing of the image.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+def distill(
+    model: nn.Module,
+    source: Source,
+    cfg: CfgNode,
+    images: list[str],
+    *,
+    steps: int = 1000,
+    batch_size: int = 4,
+) -> list[LayerError]:
+    """Fits the model's attention, layer by layer, to the convolutions of the checkpoint.
+
+    Each layer gets what the convolution gets in the convolutional model, the teacher, and is to
+    give what the convolution gives there; so the layers do not depend on one another, and one pass
+    of the teacher serves them all. In a bottleneck the outputs are compared behind pooling and
+    norm, where the next convolution reads them; the norm is not fitted. The attention stem is
+    compared as a whole. FPN and head take part if the checkpoint has them.
+
+    Args:
+        model (nn.Module): filled by :func:`convert`; fitted in place.
+        source (Source): the checkpoint that filled it.
+        cfg (CfgNode): what the model was built from; images are scaled and cut as it says.
+        images (list[str]): files, without annotations. One in ten, 32 at most, only measures.
+        steps (int): of Adam, its learning rate falling from 1e-3 by a cosine.
+        batch_size (int): images a step.
+
+    Returns:
+        list[LayerError]: of the layers that were fitted, by the model's names.
+    """
+    teacher, known = _build_teacher(source, cfg)
+    layers = [layer for layer in _layers(model, teacher) if layer.teacher_name in known]
+    training, testing = image_loaders(cfg, images, batch_size)
+    model.eval()
+    before = _measure(teacher, layers, testing)
+    _fit(teacher, layers, training, steps)
+    after = _measure(teacher, layers, testing)
+    return [LayerError(layer.name, *pair) for layer, *pair in zip(layers, before, after)]
+
+
+@dataclasses.dataclass
+class _Layer:
+    """A layer of the model and the one of the teacher whose place it takes."""
+
+    name: str
+    fitted: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    teacher_name: str
+    teacher: nn.Module
+    # What follows the teacher's layer and has no counterpart of its own.
+    teacher_norm: nn.Module = dataclasses.field(default_factory=nn.Identity)
+    target_variance: float = 1.0
+
+
+def _build_teacher(source: Source, cfg: CfgNode) -> tuple[nn.Module, set[str]]:
+    """The convolutional model of the checkpoint, and the names of the modules that it filled."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.SASA.STEM = "conv"
+    cfg.MODEL.SASA.ATTENTION_STAGES = ()
+    cfg.MODEL.SASA.HEAD_ATTENTION = cfg.MODEL.SASA.FPN_ATTENTION = False
+    stride_in_1x1 = source.stride_in_1x1
+    if stride_in_1x1 is None:
+        stride_in_1x1 = cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    teacher = build_model(cfg).eval().requires_grad_(False)
+    conversion = convert(teacher, dataclasses.replace(source, stride_in_1x1=False), cfg)
+    for module in teacher.modules():
+        if isinstance(module, BottleneckBlock) and module.stride > 1 and stride_in_1x1:
+            # The same function, but the convolution gets the full resolution, as attention does.
+            module.conv2.dilation = module.conv2.padding = (2, 2)
+    new = {name.rpartition(".")[0] for name in conversion.new}
+    known = {
+        name
+        for name, _ in teacher.named_modules()
+        if not any(f"{other}.".startswith(f"{name}.") for other in new)
+    }
+    return teacher, known
+
+
+def _layers(model: nn.Module, teacher: nn.Module) -> Iterator[_Layer]:
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionStem):
+            yield _pair(name, module, name, teacher)
+        elif isinstance(module, AttentionBottleneckBlock):
+            attention, conv = f"{name}.attention", f"{name}.conv2"
+            yield _Layer(
+                attention, module.attention, module.attend, conv, teacher.get_submodule(conv)
+            )
+        elif isinstance(module, AttentionFPN):
+            for child, layer in module.named_children():
+                if isinstance(layer, PreNormSelfAttention2d):
+                    yield _pair(f"{name}.{child}", layer, f"{name}.{child}", teacher)
+        elif isinstance(module, AttentionRetinaNetHead):
+            yield from _head_layers(name, module, teacher)
+
+
+def _head_layers(name: str, head: Any, teacher: Any) -> Iterator[_Layer]:
+    for tower in ("cls_subnet", "bbox_subnet"):
+        ours, theirs = getattr(head, tower), list(teacher.get_submodule(f"{name}.{tower}"))
+        indices = [i for i, layer in enumerate(ours) if isinstance(layer, PreNormSelfAttention2d)]
+        convs = [i for i, layer in enumerate(theirs) if isinstance(layer, nn.Conv2d)]
+        for index, conv in zip(indices, convs):
+            full = f"{name}.{tower}"
+            pair = _pair(f"{full}.{index}", ours[index], f"{full}.{conv}", teacher)
+            if not isinstance(theirs[conv + 1], nn.ReLU):
+                pair.teacher_norm = theirs[conv + 1]
+            yield pair
+    for predictor in ("cls_score", "bbox_pred"):
+        full = f"{name}.{predictor}"
+        yield _pair(full, getattr(head, predictor), full, teacher)
+
+
+def _pair(name: str, module: nn.Module, teacher_name: str, teacher: nn.Module) -> _Layer:
+    return _Layer(name, module, module, teacher_name, teacher.get_submodule(teacher_name))
+
+
+@torch.no_grad()
+def _measure(teacher: nn.Module, layers: list[_Layer], loader: Iterable[list[dict]]) -> list[float]:
+    """The relative error of each layer; leaves the variance of its target in it."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def add(layer: _Layer, x: Tensor, target: Tensor) -> None:
+        error = (layer.forward(x) - target).double().square().sum()
+        target = target.double().transpose(0, 1).flatten(1)
+        count = error.new_tensor(target.shape[1])
+        terms = [error, count, target.sum(dim=1), target.square().sum(dim=1)]
+        if layer.name in sums:
+            terms = [a + b for a, b in zip(sums[layer.name], terms)]
+        sums[layer.name] = terms
+
+    with _hooked(layers, add):
+        for batch in loader:
+            _run(teacher, batch, layers)
+    errors = []
+    for layer in layers:
+        error, count, total, square_total = sums[layer.name]
+        deviation = (square_total - total.square() / count).sum().clamp(min=1e-12)
+        layer.target_variance = float(deviation / count / len(total))
+        errors.append(float(error / deviation))
+    return errors
+
+
+def _fit(
+    teacher: nn.Module, layers: list[_Layer], loader: Iterable[list[dict]], steps: int
+) -> None:
+    parameters = [p for layer in layers for p in layer.fitted.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
+    losses: dict[str, float] = {}
+
+    def descend(layer: _Layer, x: Tensor, target: Tensor) -> None:
+        with torch.enable_grad():
+            error = (layer.forward(x) - target).square().mean() / layer.target_variance
+            error.backward()
+        losses[layer.name] = float(error.detach())
+
+    for layer in layers:
+        layer.fitted.train()
+    with _hooked(layers, descend):
+        for step, batch in zip(range(1, steps + 1), loader):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                _run(teacher, batch, layers)
+            optimizer.step()
+            schedule.step()
+            if step % max(1, steps // _LOGGED_STEPS) == 0:
+                mean = sum(losses.values()) / len(losses)
+                message = "Step %d of %d: relative error %.3f, the mean of %d layers"
+                logging.getLogger(__name__).info(message, step, steps, mean, len(losses))
+    for layer in layers:
+        layer.fitted.eval()
+
+
+@contextmanager
+def _hooked(layers: list[_Layer], use: Callable[[_Layer, Tensor, Tensor], None]) -> Iterator[None]:
+    """Gives ``use`` input and output of the teacher's layers as they are computed."""
+
+    def hook(layer: _Layer) -> Callable:
+        def look(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            use(layer, inputs[0], layer.teacher_norm(output))
+
+        return look
+
+    handles = [layer.teacher.register_forward_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(teacher: Any, batch: list[dict], layers: list[_Layer]) -> None:
+    """As far into the teacher as the layers need."""
+    features = teacher.backbone(teacher.preprocess_image(batch).tensor)
+    if any(layer.teacher_name.startswith("head.") for layer in layers):
+        teacher.head([features[name] for name in teacher.head_in_features])
