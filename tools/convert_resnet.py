@@ -35,6 +35,7 @@ from sasa_det.warm_start import (
     convert,
     distill,
     find_images,
+    measure_norms,
     read_checkpoint,
     write_checkpoint,
 )
@@ -47,7 +48,10 @@ def main() -> None:
     source = read_checkpoint(args.weights)
     if args.only_resnet:
         source = source.resnet()
+    notes = remarks(source, cfg, bool(images))
     seed_all_rng(max(cfg.SEED, 0))
+    if images and source.has_folded_norms():
+        source = measure_norms(source, cfg, images, args.batch_size)
     model = build_model(cfg)
     conversion = convert(model, source, cfg)
     errors = []
@@ -60,8 +64,8 @@ def main() -> None:
     print(conversion.table())
     if errors:
         print(f"\n{as_table(errors)}")
-    for remark in remarks(source, cfg):
-        print(f"\n{remark}")
+    for note in notes:
+        print(f"\n{note}")
     print(f"\nWritten for MODEL.WEIGHTS: {args.output}")
 
 
@@ -71,7 +75,7 @@ def as_table(errors: list[LayerError]) -> str:
     return tabulate(lines, headers, disable_numparse=True, colalign=("left", "right", "right"))
 
 
-def remarks(source: Source, cfg: CfgNode) -> list[str]:
+def remarks(source: Source, cfg: CfgNode, measured: bool) -> list[str]:
     """What the checkpoint does not say, or the model cannot take over."""
     found = []
     if source.pixels is None:
@@ -79,10 +83,11 @@ def remarks(source: Source, cfg: CfgNode) -> list[str]:
             f"It is {source.kind}, which does not say how it takes in pixels: as the config does, "
             f"it is assumed (INPUT.FORMAT {cfg.INPUT.FORMAT}, PIXEL_STD {cfg.MODEL.PIXEL_STD})."
         )
-    if source.has_folded_norms() and cfg.MODEL.RESNETS.NORM != "FrozenBN":
+    if source.has_folded_norms() and not measured and cfg.MODEL.RESNETS.NORM != "FrozenBN":
         found.append(
             "Its batch norms come without statistics: they mean the same in evaluation and with "
-            f"MODEL.RESNETS.NORM FrozenBN, but not when {cfg.MODEL.RESNETS.NORM} trains."
+            f"MODEL.RESNETS.NORM FrozenBN, but not when {cfg.MODEL.RESNETS.NORM} trains; --distill "
+            "measures statistics for it."
         )
     return found
 
@@ -133,5 +138,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

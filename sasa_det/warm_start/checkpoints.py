@@ -117,20 +117,14 @@ def write_checkpoint(tensors: Mapping[str, Tensor], path: str) -> None:
         path (str): ends in .pth; what lies there is replaced.
     """
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".partial", delete=False) as file:
+    model = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        partial = Path(folder) / target.name
         try:
-            model = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-            torch.save({"model": model}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            # Readable to whom a file written directly would be; temporary files are private.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(file.name, 0o666 & ~umask)
-            os.replace(file.name, target)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+            torch.save({"model": model}, partial)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"The checkpoint {path!r} cannot be written: {error}") from error
+        os.replace(partial, target)
 
 
 def _load(path: str) -> Any:

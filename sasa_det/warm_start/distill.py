@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
 from sasa_det.layers import PreNormSelfAttention2d
@@ -21,8 +19,8 @@ from sasa_det.modeling import (
 )
 
 from .checkpoints import Source
-from .convert import convert
 from .images import image_loaders
+from .teacher import build_teacher
 
 _LEARNING_RATE = 1e-3
 _LOGGED_STEPS = 10
@@ -67,7 +65,7 @@ def distill(
     Returns:
         list[LayerError]: of the layers that were fitted, by the model's names.
     """
-    teacher, known = _build_teacher(source, cfg)
+    teacher, known = build_teacher(source, cfg)
     layers = [layer for layer in _layers(model, teacher) if layer.teacher_name in known]
     training, testing = image_loaders(cfg, images, batch_size)
     model.eval()
@@ -89,32 +87,6 @@ class _Layer:
     # What follows the teacher's layer and has no counterpart of its own.
     teacher_norm: nn.Module = dataclasses.field(default_factory=nn.Identity)
     target_variance: float = 1.0
-
-
-def _build_teacher(source: Source, cfg: CfgNode) -> tuple[nn.Module, set[str]]:
-    """The convolutional model of the checkpoint, and the names of the modules that it filled."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.SASA.STEM = "conv"
-    cfg.MODEL.SASA.ATTENTION_STAGES = ()
-    cfg.MODEL.SASA.HEAD_ATTENTION = cfg.MODEL.SASA.FPN_ATTENTION = False
-    stride_in_1x1 = source.stride_in_1x1
-    if stride_in_1x1 is None:
-        stride_in_1x1 = cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    teacher = build_model(cfg).eval().requires_grad_(False)
-    conversion = convert(teacher, dataclasses.replace(source, stride_in_1x1=False), cfg)
-    for module in teacher.modules():
-        if isinstance(module, BottleneckBlock) and module.stride > 1 and stride_in_1x1:
-            # The same function, but the convolution gets the full resolution, as attention does.
-            module.conv2.dilation = module.conv2.padding = (2, 2)
-    new = {name.rpartition(".")[0] for name in conversion.new}
-    known = {
-        name
-        for name, _ in teacher.named_modules()
-        if not any(f"{other}.".startswith(f"{name}.") for other in new)
-    }
-    return teacher, known
 
 
 def _layers(model: nn.Module, teacher: nn.Module) -> Iterator[_Layer]:
