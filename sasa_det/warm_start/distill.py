@@ -1,6 +1,7 @@
 """Fits each attention layer to the convolution whose place it takes."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,19 +11,21 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from sasa_det.layers import PreNormSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreNormSelfAttention2d
 from sasa_det.modeling import (
     AttentionBottleneckBlock,
     AttentionFPN,
     AttentionRetinaNetHead,
     AttentionStem,
 )
+from sasa_det.modeling.norm import is_batch_norm
 
 from .checkpoints import Source
 from .images import image_loaders
+from .norms import MEASURED_IMAGES, with_measured_statistics
 from .teacher import build_teacher
 
-_LEARNING_RATE = 1e-3
+_LEARNING_RATE = 5e-3
 _LOGGED_STEPS = 10
 
 
@@ -52,25 +55,41 @@ def distill(
     give what the convolution gives there; so the layers do not depend on one another, and one pass
     of the teacher serves them all. In a bottleneck the outputs are compared behind pooling and
     norm, where the next convolution reads them; the norm is not fitted. The attention stem is
-    compared as a whole. FPN and head take part if the checkpoint has them.
+    compared as a whole, its norm fitted with it. FPN and head take part if the checkpoint has them.
 
     Args:
         model (nn.Module): filled by :func:`convert`; fitted in place.
         source (Source): the checkpoint that filled it.
         cfg (CfgNode): what the model was built from; images are scaled and cut as it says.
         images (list[str]): files, without annotations. One in ten, 32 at most, only measures.
-        steps (int): of Adam, its learning rate falling from 1e-3 by a cosine.
+        steps (int): of Adam, its learning rate falling from 5e-3 by a cosine.
         batch_size (int): images a step.
 
     Returns:
         list[LayerError]: of the layers that were fitted, by the model's names.
+
+    Raises:
+        ValueError: if the model has no attention where the checkpoint has convolutions.
     """
+    teacher: Any
     teacher, known = build_teacher(source, cfg)
     layers = [layer for layer in _layers(model, teacher) if layer.teacher_name in known]
+    if not layers:
+        raise ValueError("The model has no attention that the checkpoint could teach.")
     training, testing = image_loaders(cfg, images, batch_size)
     model.eval()
     before = _measure(teacher, layers, testing)
+    for layer in layers:
+        _start(layer)
     _fit(teacher, layers, training, steps)
+    for layer in layers:
+        if isinstance(layer.fitted, AttentionStem) and is_batch_norm(layer.fitted.norm):
+            # Fitted as a mere scale and shift: as training needs it, it is the same function.
+            batches = itertools.islice(training, -(-MEASURED_IMAGES // batch_size))
+            inputs = (teacher.preprocess_image(batch).tensor for batch in batches)
+            norms: dict[str, Any] = {"norm": layer.fitted.norm}
+            measured = with_measured_statistics(norms, layer.fitted, inputs)["norm"]
+            norms["norm"].load_state_dict(measured, strict=False)
     after = _measure(teacher, layers, testing)
     return [LayerError(layer.name, *pair) for layer, *pair in zip(layers, before, after)]
 
@@ -152,10 +171,22 @@ def _measure(teacher: nn.Module, layers: list[_Layer], loader: Iterable[list[dic
     return errors
 
 
+@torch.no_grad()
+def _start(layer: _Layer) -> None:
+    """What can be known without a step of descent."""
+    ours: Any = layer.fitted
+    theirs: Any = layer.teacher
+    if isinstance(ours, LocalSelfAttention2d) and theirs.groups == 1:
+        # Values as the convolution makes them of a constant map: the sum over its window.
+        value = theirs.weight.sum(dim=(2, 3), keepdim=True)
+        ours.projection.weight[-ours.out_channels :] = value
+
+
 def _fit(
     teacher: nn.Module, layers: list[_Layer], loader: Iterable[list[dict]], steps: int
 ) -> None:
-    parameters = [p for layer in layers for p in layer.fitted.parameters() if p.requires_grad]
+    parameters = [p for layer in layers for p in layer.fitted.parameters()]
+    frozen = [p.requires_grad_() for p in parameters if not p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
     losses: dict[str, float] = {}
@@ -166,8 +197,6 @@ def _fit(
             error.backward()
         losses[layer.name] = float(error.detach())
 
-    for layer in layers:
-        layer.fitted.train()
     with _hooked(layers, descend):
         for step, batch in zip(range(1, steps + 1), loader):
             optimizer.zero_grad()
@@ -179,8 +208,8 @@ def _fit(
                 mean = sum(losses.values()) / len(losses)
                 message = "Step %d of %d: relative error %.3f, the mean of %d layers"
                 logging.getLogger(__name__).info(message, step, steps, mean, len(losses))
-    for layer in layers:
-        layer.fitted.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 @contextmanager
