@@ -109,23 +109,23 @@ class AttentionBottleneckBlock(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
-        out = self._attend(out)
-        if self.stride > 1:
-            # ceil_mode: the size that the shortcut's strided convolution has.
-            out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
         # Not in place: without a norm this is what the attention keeps for its backward.
-        out = F.relu(self.attention_norm(out))
+        out = F.relu(self.attend(out))
         out = self.conv3(out)
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        attended = self.attention(x)
-        if not self.residual:
-            return attended
+    def attend(self, x: Tensor) -> Tensor:
+        """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
+        out = self.attention(x)
         if self.residual_scale is not None:
-            return torch.addcmul(attended, x, self.residual_scale)
-        return x + attended
+            out = torch.addcmul(out, x, self.residual_scale)
+        elif self.residual:
+            out = out + x
+        if self.stride > 1:
+            # ceil_mode: the size that the shortcut's strided convolution has.
+            out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
+        return self.attention_norm(out)
 
 
 def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:
