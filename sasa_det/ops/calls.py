@@ -18,6 +18,18 @@ class AttentionCall(NamedTuple):
     kernel_size: int
 
 
+class ProjectedCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.projected_attention`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rel_rows: Tensor | None
+    rel_cols: Tensor | None
+    num_heads: int
+    kernel_size: int
+
+
 class StemCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.stem_attention`."""
 

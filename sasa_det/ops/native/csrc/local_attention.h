@@ -2,7 +2,8 @@
 
    A task is a band of rows of a head of an image. It walks down the rows of queries; the rows of
    keys and values in their window stand in a ring of scratch memory. Nothing else of the size of a
-   map is kept: what scratch memory grows with is the width of the map.
+   map is kept: what scratch memory grows with is the width of the map. The task may project its
+   queries, keys and values itself, row by row: then no map of theirs exists at all.
 
    Positions outside the map are zeros with a logit of OUTSIDE. That is finite, so that queries
    outside the map, whose results nobody reads, stay free of NaN. */
@@ -20,6 +21,12 @@ typedef struct {
     int64_t size, radius;             /* of the window */
     int64_t col_radius, cols;         /* of the columns that any position can see */
     int64_t first, last;              /* row offsets that any query of the current row can see */
+    Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
+    float *projected;                 /* ring of rows of [width][columns] */
+    float *projection;                /* [in_channels][columns], in panels */
+    float *bias;                      /* [columns] */
+    int64_t columns;                  /* 3 * head_dim, and some for whole vectors */
+    int64_t next_projected;           /* row */
     float **keys, **values;           /* [size] rows of the current window */
     float **grad_keys, **grad_values; /* [size] */
     int64_t next_row;                 /* of keys, the first that is not in the ring yet */
@@ -42,6 +49,9 @@ static void *take(char **scratch, int64_t count, size_t size) {
     return start;
 }
 
+/* Of a ring of projected rows: those from the first key in a window to the last. */
+INLINE int64_t projected_rows(const Task *task) { return task->size + 2 * task->plain.pack - 1; }
+
 /* Lays out `task` at `scratch` and returns the end of it. */
 static char *lay_out(Task *task, char *scratch, bool backward) {
     const int64_t channels = task->call->head_dim, window = task->size * task->cols;
@@ -61,6 +71,13 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
     task->col_logits = take(&scratch, task->size, sizeof(V));
     task->row_mask = take(&scratch, task->size, sizeof(V));
     task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
+    if (task->call->in_channels) {
+        int64_t row = task->plain.width * task->columns;
+        task->projected = take(&scratch, projected_rows(task) * row, sizeof(float));
+        task->projection =
+            take(&scratch, task->call->in_channels * task->columns, sizeof(float));
+        task->bias = take(&scratch, task->columns, sizeof(float));
+    }
     if (!backward) return scratch;
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
     task->grad_values = take(&scratch, task->size, sizeof(float *));
@@ -87,6 +104,7 @@ static void shape_task(Task *task, const AttentionCall *call) {
     int64_t reach = task->col_radius * task->plain.pack;
     task->shifted = padded(task->plain, reach);
     task->kept = padded(task->plain, ceil_div(reach, LANES) * LANES);
+    task->columns = ceil_div(3 * call->head_dim, LANES) * LANES;
 }
 
 static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
@@ -94,6 +112,53 @@ static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
     shape_task(&task, call);
     char *const nowhere = (char *)64;
     return lay_out(&task, nowhere, backward) - nowhere;
+}
+
+/* The same map from an image and a channel on. */
+INLINE Map map_from(const Map *map, int64_t n, int64_t channel) {
+    Map from = *map;
+    int64_t start = n * map->stride_n + channel * map->stride_c;
+    from.data = (char *)map->data + start * (map->dtype == FLOAT32 ? 4 : 2);
+    return from;
+}
+
+/* Makes the maps of queries, keys and values rings of rows that are projected when they are needed. */
+static void start_projection(Task *task) {
+    const AttentionCall *call = task->call;
+    const int64_t channels = call->head_dim, in = call->in_channels, columns = task->columns;
+    Map *maps[] = {&task->query_map, &task->key_map, &task->value_map};
+    memset(task->projection, 0, in * columns * sizeof(float));
+    memset(task->bias, 0, columns * sizeof(float));
+    for (int64_t part = 0; part < 3; part++) {
+        int64_t row = (part * call->heads + task->head) * channels;
+        pack_panels(call->projection + row * in, part * channels, channels, in, task->projection,
+                    columns);
+        if (call->bias)
+            memcpy(task->bias + part * channels, call->bias + row, channels * sizeof(float));
+        *maps[part] = (Map){.data = task->projected + part * channels,
+                            .stride_c = 1,
+                            .stride_h = task->plain.width * columns,
+                            .stride_w = columns,
+                            .dtype = FLOAT32,
+                            .ring = projected_rows(task)};
+    }
+    task->next_projected = 0;
+}
+
+/* Projects the rows before `until` that are not in the ring yet; those before `from` are not needed. */
+static void project_rows(Task *task, int64_t from, int64_t until) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
+    if (!call->in_channels) return;
+    if (until > s->height) until = s->height;
+    if (task->next_projected < from) task->next_projected = from;
+    for (; task->next_projected < until; task->next_projected++) {
+        int64_t row = task->next_projected;
+        project_row((const float *)call->input.data + row_start(&call->input, task->n, 0, row),
+                    call->input.stride_w, s->width, call->in_channels, task->projection,
+                    task->columns, task->bias,
+                    task->projected + row % projected_rows(task) * s->width * task->columns);
+    }
 }
 
 static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,
@@ -109,6 +174,13 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
     task->end = groups * (band + 1) / call->bands * s->pack;
     if (task->end > call->height) task->end = call->height;
     task->next_row = INT64_MIN;
+    if (call->in_channels) {
+        start_projection(task);
+    } else {
+        task->query_map = map_from(&call->query, task->n, task->channel);
+        task->key_map = map_from(&call->key, task->n, task->channel);
+        task->value_map = map_from(&call->value, task->n, task->channel);
+    }
     for (int64_t t = 0; t < s->vectors; t++)
         for (int64_t o = 0; o < task->cols; o++)
             for (int lane = 0; lane < LANES; lane++) {
@@ -132,15 +204,15 @@ static void move_window(Task *task, int64_t row) {
     task->first = top + s->pack > 0 ? 0 : -top - s->pack + 1;
     task->last = task->size - 1;
     if (top + task->last >= s->height) task->last = s->height - 1 - top;
+    project_rows(task, top, row + task->radius + s->pack);
     for (int64_t a = task->first; a <= task->last; a++) {
         int64_t slot = slot_of(task, s, top + a);
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
         if (top + a >= task->next_row) {
-            read_rows(s, &call->key, task->n, task->channel, call->head_dim, top + a, task->keys[a],
+            read_rows(s, &task->key_map, 0, 0, call->head_dim, top + a, task->keys[a], task->apart);
+            read_rows(s, &task->value_map, 0, 0, call->head_dim, top + a, task->values[a],
                       task->apart);
-            read_rows(s, &call->value, task->n, task->channel, call->head_dim, top + a,
-                      task->values[a], task->apart);
         }
         for (int lane = 0; lane < LANES; lane++) {
             int64_t y = top + a + lane % s->pack;
@@ -231,9 +303,12 @@ static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *t
     const AttentionCall *call = task->call;
     const Layout *s = &task->plain;
     const int64_t n = task->n, channel = task->channel, channels = call->head_dim;
-    prefetch_rows(s, &call->query, n, channel, channels, row + s->pack, vector, s->vectors, false);
-    prefetch_rows(s, &call->key, n, channel, channels, task->next_row, vector, s->vectors, false);
-    prefetch_rows(s, &call->value, n, channel, channels, task->next_row, vector, s->vectors, false);
+    if (!call->in_channels) {
+        prefetch_rows(s, &task->query_map, 0, 0, channels, row + s->pack, vector, s->vectors, false);
+        prefetch_rows(s, &task->key_map, 0, 0, channels, task->next_row, vector, s->vectors, false);
+        prefetch_rows(s, &task->value_map, 0, 0, channels, task->next_row, vector, s->vectors,
+                      false);
+    }
     prefetch_rows(s, to_write, n, channel, channels, row, vector, s->vectors, true);
 }
 
@@ -246,7 +321,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     for (int64_t row = task.begin; row < task.end; row += s->pack) {
         move_window(&task, row);
         task.next_row = row + task.radius + 1;
-        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
+        read_rows(s, &task.query_map, 0, 0, call->head_dim, row, task.query, task.apart);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->output);
             attend(&task, vector);
