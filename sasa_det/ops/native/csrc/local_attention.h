@@ -23,6 +23,7 @@ typedef struct {
     int64_t first, last;              /* row offsets that any query of the current row can see */
     Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
     float *projected;                 /* ring of rows of [width][columns] */
+    float *query_ring;                /* [radius + 1] plain rows */
     float *projection;                /* [in_channels][columns], in panels */
     float *bias;                      /* [columns] */
     int64_t columns;                  /* 3 * head_dim, and some for whole vectors */
@@ -49,8 +50,15 @@ static void *take(char **scratch, int64_t count, size_t size) {
     return start;
 }
 
-/* Of a ring of projected rows: those from the first key in a window to the last. */
-INLINE int64_t projected_rows(const Task *task) { return task->size + 2 * task->plain.pack - 1; }
+/* Whether a projected row goes straight to where it is used: not if it is in several packed rows. */
+INLINE bool projects_directly(const Task *task) {
+    return task->call->in_channels && task->plain.pack == 1;
+}
+
+/* Of `projected`: one, or those from the first key in a window to the last. */
+INLINE int64_t projected_rows(const Task *task) {
+    return task->plain.pack == 1 ? 1 : task->size + 2 * task->plain.pack - 1;
+}
 
 /* Lays out `task` at `scratch` and returns the end of it. */
 static char *lay_out(Task *task, char *scratch, bool backward) {
@@ -77,6 +85,8 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
         task->projection =
             take(&scratch, task->call->in_channels * task->columns, sizeof(float));
         task->bias = take(&scratch, task->columns, sizeof(float));
+        if (projects_directly(task))
+            task->query_ring = take(&scratch, (task->radius + 1) * plain, sizeof(float));
     }
     if (!backward) return scratch;
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
@@ -114,6 +124,12 @@ static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
     return lay_out(&task, nowhere, backward) - nowhere;
 }
 
+/* Where a row stands in a ring of rows of this layout. */
+INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
+    int64_t slot = row % task->size;
+    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
+}
+
 /* The same map from an image and a channel on. */
 INLINE Map map_from(const Map *map, int64_t n, int64_t channel) {
     Map from = *map;
@@ -142,7 +158,23 @@ static void start_projection(Task *task) {
                             .dtype = FLOAT32,
                             .ring = projected_rows(task)};
     }
+    if (projects_directly(task))
+        task->query_map = (Map){.data = task->query_ring,
+                                .stride_c = task->plain.floats,
+                                .stride_h = channels * task->plain.floats,
+                                .stride_w = 1,
+                                .dtype = FLOAT32,
+                                .ring = task->radius + 1};
     task->next_projected = 0;
+}
+
+/* Puts a row that was just projected where its queries, keys and values are used. */
+static void distribute_row(Task *task, int64_t row) {
+    const int64_t channels = task->call->head_dim, slot = slot_of(task, &task->shifted, row);
+    read_rows(&task->shifted, &task->key_map, 0, 0, channels, row, task->key_ring + slot, NULL);
+    read_rows(&task->shifted, &task->value_map, 0, 0, channels, row, task->value_ring + slot, NULL);
+    transpose(task->projected, task->columns, task->plain.width, channels,
+              task->query_ring + row_start(&task->query_map, 0, 0, row), task->plain.floats);
 }
 
 /* Projects the rows before `until` that are not in the ring yet; those before `from` are not needed. */
@@ -158,6 +190,7 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
                     call->input.stride_w, s->width, call->in_channels, task->projection,
                     task->columns, task->bias,
                     task->projected + row % projected_rows(task) * s->width * task->columns);
+        if (projects_directly(task)) distribute_row(task, row);
     }
 }
 
@@ -189,12 +222,6 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
             }
 }
 
-/* Where a row stands in a ring of rows of this layout. */
-INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
-    int64_t slot = row % task->size;
-    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
-}
-
 /* Makes the window of the queries from `row` on the current one. */
 static void move_window(Task *task, int64_t row) {
     const AttentionCall *call = task->call;
@@ -209,7 +236,7 @@ static void move_window(Task *task, int64_t row) {
         int64_t slot = slot_of(task, s, top + a);
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
-        if (top + a >= task->next_row) {
+        if (top + a >= task->next_row && !projects_directly(task)) {
             read_rows(s, &task->key_map, 0, 0, call->head_dim, top + a, task->keys[a], task->apart);
             read_rows(s, &task->value_map, 0, 0, call->head_dim, top + a, task->values[a],
                       task->apart);
