@@ -184,13 +184,19 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
     if (!call->in_channels) return;
     if (until > s->height) until = s->height;
     if (task->next_projected < from) task->next_projected = from;
-    for (; task->next_projected < until; task->next_projected++) {
-        int64_t row = task->next_projected;
-        project_row((const float *)call->input.data + row_start(&call->input, task->n, 0, row),
-                    call->input.stride_w, s->width, call->in_channels, task->projection,
-                    task->columns, task->bias,
-                    task->projected + row % projected_rows(task) * s->width * task->columns);
+    const int64_t ring = projected_rows(task);
+    const bool evenly = call->input.stride_h == s->width * call->input.stride_w;
+    for (int64_t row = task->next_projected, count; row < until; row += count) {
+        const float *x =
+            (const float *)call->input.data + row_start(&call->input, task->n, 0, row);
+        /* Several rows are one long row, as far as the ring is. */
+        count = evenly ? until - row : 1;
+        if (count > ring - row % ring) count = ring - row % ring;
+        project_row(x, x + count * call->input.stride_h, call->input.stride_w, count * s->width,
+                    call->in_channels, task->projection, task->columns, task->bias,
+                    task->projected + row % ring * s->width * task->columns);
         if (projects_directly(task)) distribute_row(task, row);
+        task->next_projected = row + count;
     }
 }
 

@@ -32,10 +32,18 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
 /* A panel's columns of a row of positions. */
 INLINE void project_panel(const int vectors, const float *x, int64_t stride, int64_t width,
                           const float *weights, int64_t channels, const float *start, float *out,
-                          int64_t columns) {
+                          int64_t columns, const float *next) {
     int64_t p = 0;
-    for (; p + POSITIONS <= width; p += POSITIONS)
+    for (; p + POSITIONS <= width; p += POSITIONS) {
+        if (next)
+            for (int64_t i = 0; i < POSITIONS; i++)
+                for (int64_t c = 0; c < channels; c += 64 / sizeof(float))
+                    prefetch_line((const char *)(next + (p + i) * stride + c), false);
         project_tile(vectors, POSITIONS, x + p * stride, stride, weights, channels, start,
+                     out + p * columns, columns);
+    }
+    for (; p + POSITIONS / 2 <= width; p += POSITIONS / 2)
+        project_tile(vectors, POSITIONS / 2, x + p * stride, stride, weights, channels, start,
                      out + p * columns, columns);
     for (; p < width; p++)
         project_tile(vectors, 1, x + p * stride, stride, weights, channels, start,
@@ -48,8 +56,8 @@ INLINE int64_t panel_at(int64_t column, int64_t columns) {
 }
 
 /* out[position][column] = start[column] + sum over channels of x[position][channel] times the weight;
-   `columns` is a multiple of LANES. */
-static void project_row(const float *x, int64_t stride, int64_t width, int64_t channels,
+   `columns` is a multiple of LANES. `next` is the row that will be projected after this one. */
+static void project_row(const float *x, const float *next, int64_t stride, int64_t width, int64_t channels,
                         const float *weights, int64_t columns, const float *start, float *out) {
     const int64_t at_once = 256; /* channels: a panel is to stay in the first-level cache */
     for (int64_t c = 0, count; c < channels; c += count) {
@@ -58,7 +66,8 @@ static void project_row(const float *x, int64_t stride, int64_t width, int64_t c
             panel = panel_at(column, columns);
 #define BODY(vectors)                                                                              \
     project_panel(vectors, x + c, stride, width, weights + column * channels + c * panel, count,   \
-                  c == 0 ? start + column : NULL, out + column, columns)
+                  c == 0 ? start + column : NULL, out + column, columns,                           \
+                  column + panel == columns ? next + c : NULL)
             switch (panel / LANES) {
             case 1: BODY(1); break;
             case 2: BODY(2); break;
