@@ -118,7 +118,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         (2, 8, 9, 14, 4, 5), torch.float32, relative=relative
     )
     bias = torch.randn(24) if biased else None
-    inputs = [x, torch.randn(24, 8, 1, 1), bias, rows, cols]
+    inputs = [x, torch.randn(24, 8, 1, 1) * 8**-0.5, bias, rows, cols]
     leaves = [t.requires_grad_() for t in inputs if t is not None]
 
     def separately(x, weight, bias, rows, cols):
@@ -137,6 +137,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("bands", [1, 2])
 @pytest.mark.parametrize(
     "shape",
@@ -145,12 +146,12 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
     ids=str,
 )
 @pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
-def test_projecting_row_by_row_changes_nothing(shape, bands, monkeypatch):
+def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch):
     n, channels, height, width, heads, size = shape
     g = torch.Generator().manual_seed(0)
     in_channels = channels + 3
     x = torch.randn(n, in_channels, height, width, generator=g)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=layout)
     weight = torch.randn(3 * channels, in_channels, 1, 1, generator=g) * in_channels**-0.5
     bias = torch.randn(3 * channels, generator=g)
     rows, cols = torch.randn(2, heads, size, channels // heads // 2, generator=g)
@@ -171,6 +172,7 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, monkeypatch):
         actual = run(tensors)
     operator = torch.ops.sasa_det.projected_attention
     assert operator in counter.get_flop_counts()["Global"]
+    assert all(t.is_contiguous(memory_format=layout) for t in actual[:2])
     for a, e in zip(actual, expected):
         assert (a - e).norm() <= BOUNDS[torch.float32] * e.norm()
     assert all(torch.equal(a, b) for a, b in zip(run(tensors), actual))

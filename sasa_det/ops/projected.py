@@ -36,8 +36,8 @@ def projected_attention(
 
     Queries, keys and values are three times as large as ``x``. They are not kept for the backward
     but projected anew, so that a layer keeps no more than the convolution that it replaces; this
-    costs a ninth of that convolution's FLOPs for each of the three. With x in channels_last, the
-    native kernels project row by row what they need: no such map exists even for a while.
+    costs a ninth of that convolution's FLOPs for each of the three. In float32 the native kernels
+    project row by row what they need: no such map exists even for a while.
 
     Args:
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.

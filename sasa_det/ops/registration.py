@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
 from .backends import choose
-from .calls import AttentionCall, ProjectedCall, StemCall, compute_dtype, empty_gradient
+from .calls import AttentionCall, ProjectedCall, StemCall, compute_dtype, empty_gradient, empty_map
 from .checks import check_attention, check_projected_attention
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
@@ -169,20 +169,14 @@ def _(grad_output, output, logsumexp, *arguments):
 def _(*arguments):
     call = ProjectedCall(*arguments)
     n, _, height, width = call.x.shape
-    output = _empty_map(call, call.weight.shape[0] // 3)
+    output = empty_map(call.x, call.weight.shape[0] // 3)
     return output, output.new_empty(n, call.num_heads, height, width)
 
 
 @projected_attention_backward_op.register_fake
 def _(grad_output, logsumexp, *arguments):
     call = ProjectedCall(*arguments)
-    return [_empty_map(call, call.weight.shape[0]), *_contiguous_gradients(call[3:5])]
-
-
-def _empty_map(call: ProjectedCall, channels: int) -> Tensor:
-    n, _, height, width = call.x.shape
-    empty = call.x.new_empty((n, channels, height, width))
-    return empty.contiguous(memory_format=torch.channels_last)
+    return [empty_map(call.x, call.weight.shape[0]), *_contiguous_gradients(call[3:5])]
 
 
 @stem_attention_op.register_fake

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..calls import ProjectedCall
+from ..calls import ProjectedCall, empty_map
 from . import library
 from .attention import attention_arguments, empty_logsumexp, number_of_bands, run_backward
 
@@ -18,15 +18,13 @@ def refuses(call: ProjectedCall) -> str | None:
     fits = fits and weight.shape[0] % 3 == 0 and (bias is None or bias.shape == weight.shape[:1])
     if not fits:
         return "the shapes of x, weight and bias do not fit together"
-    if x.stride(1) != 1:
-        return "it reads the channels of a position from contiguous memory"
     if number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size) > 1:
         return "with fewer heads and images than threads it projects some rows twice"
     return next((reason for t in tensors if (reason := library.refuses(t)) is not None), None)
 
 
 def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
-    output = _empty(call, call.weight.shape[0] // 3)
+    output = empty_map(call.x, call.weight.shape[0] // 3)
     logsumexp = empty_logsumexp(output, call.num_heads)
     arguments, _kept = _arguments(call, logsumexp)
     arguments.output = library.Map.of(output)
@@ -36,12 +34,7 @@ def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: ProjectedCall, grad_output: Tensor, logsumexp: Tensor) -> list[Tensor]:
     arguments, _kept = _arguments(call, logsumexp)
-    return run_backward(arguments, call, grad_output, _empty(call, call.weight.shape[0]))
-
-
-def _empty(call: ProjectedCall, channels: int) -> Tensor:
-    n, _, height, width = call.x.shape
-    return torch.empty((n, channels, height, width), memory_format=torch.channels_last)
+    return run_backward(arguments, call, grad_output, empty_map(call.x, call.weight.shape[0]))
 
 
 def _arguments(
@@ -51,10 +44,12 @@ def _arguments(
     n, in_channels, height, width = call.x.shape
     shape = torch.Size((n, call.weight.shape[0] // 3, height, width))
     arguments, kept = attention_arguments(call, shape, logsumexp)
+    # It reads the channels of a position one after another.
+    x = call.x if call.x.stride(1) == 1 else call.x.contiguous(memory_format=torch.channels_last)
     weight = call.weight.flatten(1).contiguous()
     bias = None if call.bias is None else call.bias.contiguous()
     arguments.in_channels = in_channels
-    arguments.input = library.Map.of(call.x)
+    arguments.input = library.Map.of(x)
     arguments.projection = weight.data_ptr()
     arguments.bias = None if bias is None else bias.data_ptr()
-    return arguments, [*kept, weight, bias]
+    return arguments, [*kept, x, weight, bias]
