@@ -134,7 +134,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
     for actual, wanted in zip(
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     ):
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-5)
+        assert (actual - wanted).norm() <= BOUNDS[torch.float32] * wanted.norm()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
