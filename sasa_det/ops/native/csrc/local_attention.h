@@ -311,11 +311,9 @@ static void weighted_sum(Task *task, const V *weights, float *const *rows, int64
 /* A vector of the output, and of the log-sum-exp. */
 static void attend(Task *task, int64_t vector) {
     const int64_t at = vector * LANES, stride = task->plain.floats;
-    V highest = compute_logits(task, vector), total = {0};
-    for (int64_t i = task->first * task->cols; i < (task->last + 1) * task->cols; i++) {
-        task->logits[i] = exponential(task->logits[i] - highest);
-        total += task->logits[i];
-    }
+    const V highest = compute_logits(task, vector);
+    const V total = exponentials(task->logits + task->first * task->cols,
+                                 (task->last + 1 - task->first) * task->cols, highest);
     store(task->logsumexp + at, highest + logarithm(total));
     weighted_sum(task, task->logits, task->values, vector);
     V scale = 1.0f / total;
