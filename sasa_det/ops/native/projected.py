@@ -11,16 +11,16 @@ from .attention import attention_arguments, empty_logsumexp, number_of_bands, ru
 def refuses(call: ProjectedCall) -> str | None:
     """What is refused goes to a convolution and ``local_attention``, wrong arguments as well."""
     x, weight, bias = call[:3]
-    tensors = [t for t in call[:5] if t is not None]
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "it projects in float32"
+    for tensor in call[:5]:
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
+            return "it projects in float32, on one device"
     fits = x.dim() == weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
     fits = fits and weight.shape[0] % 3 == 0 and (bias is None or bias.shape == weight.shape[:1])
     if not fits:
         return "the shapes of x, weight and bias do not fit together"
     if number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size) > 1:
         return "with fewer heads and images than threads it projects some rows twice"
-    return next((reason for t in tensors if (reason := library.refuses(t)) is not None), None)
+    return library.refuses(x)
 
 
 def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
