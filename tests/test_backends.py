@@ -153,6 +153,7 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
     x = torch.randn(n, in_channels, height, width, generator=g)
     x = x.contiguous(memory_format=layout)
     weight = torch.randn(3 * channels, in_channels, 1, 1, generator=g) * in_channels**-0.5
+    weight[:channels] *= (channels // heads) ** -0.5  # logits of unit variance
     bias = torch.randn(3 * channels, generator=g)
     rows, cols = torch.randn(2, heads, size, channels // heads // 2, generator=g)
     tensors = [t.requires_grad_() for t in (x, weight, bias, rows, cols)]
