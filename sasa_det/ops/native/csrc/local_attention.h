@@ -325,7 +325,7 @@ static void attend(Task *task, int64_t vector) {
 
 INLINE Map logsumexp_map(const AttentionCall *call) {
     int64_t plane = call->height * call->width;
-    return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32};
+    return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32, 0};
 }
 
 /* Asks, while a vector of this row of queries is computed, for a part of what the next row reads and
