@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_local_attention import SHAPES, make_inputs
+from torch.utils.flop_counter import FlopCounterMode
 
 import sasa_det.ops
 from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
@@ -117,7 +118,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         (2, 8, 9, 14, 4, 5), torch.float32, relative=relative
     )
     bias = torch.randn(24) if biased else None
-    inputs = [x, torch.randn(24, 8, 1, 1), bias, rows, cols]
+    inputs = [x, torch.randn(24, 8, 1, 1) * 8**-0.5, bias, rows, cols]
     leaves = [t.requires_grad_() for t in inputs if t is not None]
 
     def separately(x, weight, bias, rows, cols):
@@ -133,7 +134,51 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
     for actual, wanted in zip(
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     ):
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-5)
+        assert (actual - wanted).norm() <= BOUNDS[torch.float32] * wanted.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("bands", [1, 2])
+@pytest.mark.parametrize(
+    "shape",
+    # As SHAPES: several vectors, several panels and pieces of channels, packed rows.
+    [(2, 24, 9, 37, 4, 5), (1, 320, 11, 18, 4, 3), (1, 16, 13, 5, 2, 7), (2, 8, 3, 2, 1, 9)],
+    ids=str,
+)
+@pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch):
+    n, channels, height, width, heads, size = shape
+    g = torch.Generator().manual_seed(0)
+    in_channels = channels + 3
+    x = torch.randn(n, in_channels, height, width, generator=g)
+    x = x.contiguous(memory_format=layout)
+    weight = torch.randn(3 * channels, in_channels, 1, 1, generator=g) * in_channels**-0.5
+    weight[:channels] *= (channels // heads) ** -0.5  # logits of unit variance
+    bias = torch.randn(3 * channels, generator=g)
+    rows, cols = torch.randn(2, heads, size, channels // heads // 2, generator=g)
+    tensors = [t.requires_grad_() for t in (x, weight, bias, rows, cols)]
+    grad = torch.randn(n, channels, height, width, generator=g)
+
+    def run(tensors):
+        x, weight, bias, rows, cols = tensors
+        options = {"bias": bias, "num_heads": heads, "kernel_size": size}
+        output = projected_attention(x, weight, rows, cols, **options)
+        return output, *torch.autograd.grad(output, tensors, grad.to(x.dtype))
+
+    with use_backend("eager"):
+        expected = run([t.detach().double().requires_grad_() for t in tensors])
+    monkeypatch.setattr("sasa_det.ops.native.projected.number_of_bands", lambda *_: 1)
+    monkeypatch.setattr("sasa_det.ops.native.attention.number_of_bands", lambda *_: bands)
+    with use_backend("native"), FlopCounterMode(display=False) as counter:
+        actual = run(tensors)
+    operator = torch.ops.sasa_det.projected_attention
+    assert operator in counter.get_flop_counts()["Global"]
+    assert all(t.is_contiguous(memory_format=layout) for t in actual[:2])
+    for a, e in zip(actual, expected):
+        assert (a - e).norm() <= BOUNDS[torch.float32] * e.norm()
+    assert all(torch.equal(a, b) for a, b in zip(run(tensors), actual))
+    with torch.no_grad():
+        torch.library.opcheck(operator.default, (*tensors, heads, size))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +234,7 @@ def run_python(code, path=ROOT, **environment):
 
 CALL = """
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from sasa_det.ops import local_attention
 x = torch.ones(1, 4, 5, 5)
 print(local_attention(x, x, x, None, None, num_heads=1, kernel_size=3).sum().item())

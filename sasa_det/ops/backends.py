@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from . import eager, eager_pooled_stem, eager_stem, native, triton
-from .calls import AttentionCall, StemCall
+from .calls import AttentionCall, ProjectedCall, StemCall
 from .native import attention as native_attention
+from .native import projected as native_projected
 from .native import stem as native_stem
 from .triton import attention as triton_attention
 from .triton import stem as triton_stem
@@ -30,9 +31,11 @@ class Implementation(Protocol):
         """What the operator's backward returns."""
 
 
-# Fastest first; eager serves every call.
+# Fastest first; eager serves every call. Where nothing serves projected_attention, it is a
+# convolution and local_attention.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
+    "projected_attention": {"native": native_projected},
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {
         "triton": triton_stem,
@@ -80,19 +83,29 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(operator: str, call: AttentionCall | StemCall) -> Implementation:
-    """The implementation that serves this call of this operator."""
-    implementations = _IMPLEMENTATIONS[operator]
-    if _forced is None:
-        return next(x for x in implementations.values() if x.refuses(call) is None)
-    implementation = implementations.get(_forced)
+def find(operator: str, call: AttentionCall | ProjectedCall | StemCall) -> Implementation | None:
+    """The implementation that serves this call of this operator, if there is one."""
+    for name, implementation in _IMPLEMENTATIONS[operator].items():
+        if _forced in (None, name) and implementation.refuses(call) is None:
+            return implementation
+    return None
+
+
+def choose(operator: str, call: AttentionCall | ProjectedCall | StemCall) -> Implementation:
+    """The implementation that serves this call of this operator.
+
+    Raises:
+        RuntimeError: if there is none; it says why.
+    """
+    found = find(operator, call)
+    if found is not None:
+        return found
+    name = _forced or next(iter(_IMPLEMENTATIONS[operator]))
+    implementation = _IMPLEMENTATIONS[operator].get(name)
     reason = "it does not implement it" if implementation is None else implementation.refuses(call)
-    if implementation is None or reason is not None:
-        raise RuntimeError(
-            f"The backend {_forced!r} was asked for but does not serve this call of {operator}: "
-            f"{reason}."
-        )
-    return implementation
+    raise RuntimeError(
+        f"The backend {name!r} was asked for but does not serve this call of {operator}: {reason}."
+    )
 
 
 def _checked(name: str) -> str:

@@ -18,6 +18,18 @@ class AttentionCall(NamedTuple):
     kernel_size: int
 
 
+class ProjectedCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.projected_attention`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rel_rows: Tensor | None
+    rel_cols: Tensor | None
+    num_heads: int
+    kernel_size: int
+
+
 class StemCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.stem_attention`."""
 
@@ -38,12 +50,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def empty_gradient(call: AttentionCall, dtype: torch.dtype | None = None) -> Tensor:
     """For the gradients of query, key and value: (N, 3 * C, H, W) in the query's memory format."""
-    query = call.query
-    n, channels, height, width = query.shape
-    channels_last = query.stride(1) == 1 and channels > 1
+    return empty_map(call.query, 3 * call.query.shape[1], dtype)
+
+
+def empty_map(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, channels, H, W) on the device and in the memory format of ``x``."""
+    n, in_channels, height, width = x.shape
+    channels_last = x.stride(1) == 1 and in_channels > 1
     return torch.empty(
-        (n, 3 * channels, height, width),
-        dtype=dtype or query.dtype,
-        device=query.device,
+        (n, channels, height, width),
+        dtype=dtype or x.dtype,
+        device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .calls import AttentionCall
+from .calls import AttentionCall, ProjectedCall
 
 
 def check_attention(call: AttentionCall) -> None:
@@ -15,6 +15,13 @@ def check_attention(call: AttentionCall) -> None:
     check_kernel_size(call.kernel_size)
     shape = (call.num_heads, call.kernel_size, head_dim // 2)
     check_embeddings(call.rel_rows, call.rel_cols, shape, like=query)
+
+
+def check_projected_attention(call: ProjectedCall) -> None:
+    """What :func:`check_attention` would say of the queries, keys and values."""
+    check_map("x", call.x)
+    queries = call.x[:, :1].expand(-1, call.weight.shape[0] // 3, -1, -1)
+    check_attention(AttentionCall(queries, queries, queries, *call[3:]))
 
 
 def check_heads(channels: int, num_heads: int) -> int:

@@ -32,6 +32,12 @@ def local_attention_backward_flops(
     return 2 * prod(query_shape) * per_channel
 
 
+def projection_flops(x_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
+    """Of a 1x1 convolution."""
+    n, in_channels, height, width = x_shape
+    return 2 * n * height * width * in_channels * weight_shape[0]
+
+
 def stem_attention_flops(
     image_shape: Sequence[int],
     query_weight_shape: Sequence[int],

@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import find
+from .calls import ProjectedCall
 from .functional import cast_for_autocast, local_attention
-from .registration import local_attention_backward_op, local_attention_op
+from .registration import (
+    local_attention_backward_op,
+    local_attention_op,
+    projected_attention_backward_op,
+    projected_attention_op,
+)
 
 # In bytes, of queries, keys and values together. glibc asks the system anew for each larger block,
 # and for its pages one by one, which can take longer than the attention.
@@ -29,7 +36,8 @@ def projected_attention(
 
     Queries, keys and values are three times as large as ``x``. They are not kept for the backward
     but projected anew, so that a layer keeps no more than the convolution that it replaces; this
-    costs a ninth of that convolution's FLOPs for each of the three.
+    costs a ninth of that convolution's FLOPs for each of the three. In float32 the native kernels
+    project row by row what they need: no such map exists even for a while.
 
     Args:
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
@@ -48,6 +56,11 @@ def projected_attention(
         return local_attention(
             query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
         )
+    # A compiler makes its own of a convolution.
+    if not torch.compiler.is_compiling():
+        arguments: tuple[Any, ...] = (*tensors, num_heads, kernel_size)
+        if find("projected_attention", ProjectedCall(*arguments)) is not None:
+            return _FusedAttention.apply(*arguments)
     groups = _groups(x, weight, num_heads)
     if groups == 1:
         return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
@@ -115,17 +128,42 @@ class _ProjectedAttention(torch.autograd.Function):
             ctx.num_heads,
             ctx.kernel_size,
         )
-        projection_grads = torch.ops.aten.convolution_backward(
-            grad_maps,
-            x,
-            weight,
-            weight.shape[:1],  # of the bias
-            stride=[1, 1],
-            padding=[0, 0],
-            dilation=[1, 1],
-            transposed=False,
-            output_padding=[0, 0],
-            groups=1,
-            output_mask=ctx.needs_input_grad[:3],
-        )
+        projection_grads = _projection_gradients(ctx, grad_maps, x, weight)
         return *projection_grads, *(grads or (None, None)), None, None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The same by one operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, logsumexp = projected_attention_op(*arguments)
+        *tensors, ctx.num_heads, ctx.kernel_size = arguments
+        ctx.save_for_backward(logsumexp, *tensors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        logsumexp, *tensors = ctx.saved_tensors
+        grad_maps, *grads = projected_attention_backward_op(
+            grad_output, logsumexp, *tensors, ctx.num_heads, ctx.kernel_size
+        )
+        projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
+        return *projection_grads, *(grads or (None, None)), None, None
+
+
+def _projection_gradients(ctx: Any, grad_maps: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Of x, weight and bias, where they are needed."""
+    return torch.ops.aten.convolution_backward(
+        grad_maps,
+        x,
+        weight,
+        weight.shape[:1],  # of the bias
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=ctx.needs_input_grad[:3],
+    )

@@ -2,7 +2,8 @@
 
 Autograd, ``torch.compile``, ``torch.export`` and FLOP counters see one node a call,
 ``sasa_det::local_attention``, ``::stem_attention`` or ``::stem_attention_pooled``, whatever backend
-computes it.
+computes it. Where a backend projects queries, keys and values as well, ``::projected_attention``
+stands for the convolution and ``::local_attention``.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
 from .backends import choose
-from .calls import AttentionCall, StemCall, compute_dtype, empty_gradient
-from .checks import check_attention
+from .calls import AttentionCall, ProjectedCall, StemCall, compute_dtype, empty_gradient, empty_map
+from .checks import check_attention, check_projected_attention
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
 _ATTENTION = (
     "Tensor query, Tensor key, Tensor value, Tensor? rel_rows, Tensor? rel_cols, "
+    "int num_heads, int kernel_size"
+)
+_PROJECTED = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? rel_rows, Tensor? rel_cols, "
     "int num_heads, int kernel_size"
 )
 _STEM = (
@@ -69,6 +74,33 @@ def local_attention_backward_op(
     call = AttentionCall(*arguments)
     check_attention(call)
     return choose("local_attention", call).backward(call, grad_output, output, logsumexp)
+
+
+@custom_op(
+    "sasa_det::projected_attention", mutates_args=(), schema=f"({_PROJECTED}) -> (Tensor, Tensor)"
+)
+@_without_autocast
+def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As ``local_attention``; differentiated by :func:`sasa_det.ops.projected_attention`."""
+    call = ProjectedCall(*arguments)
+    check_projected_attention(call)
+    return choose("projected_attention", call).forward(call)
+
+
+@custom_op(
+    "sasa_det::projected_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, Tensor logsumexp, {_PROJECTED}) -> Tensor[]",
+)
+@_without_autocast
+def projected_attention_backward_op(
+    grad_output: Tensor, logsumexp: Tensor, *arguments: Any
+) -> list[Tensor]:
+    """As ``local_attention_backward``: gradients of queries, keys and values, which are projected
+    anew, and of the embeddings; not those of x and the weight."""
+    call = ProjectedCall(*arguments)
+    check_projected_attention(call)
+    return choose("projected_attention", call).backward(call, grad_output, logsumexp)
 
 
 @custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
@@ -131,6 +163,20 @@ def _(*arguments):
 def _(grad_output, output, logsumexp, *arguments):
     call = AttentionCall(*arguments)
     return [empty_gradient(call), *_contiguous_gradients(arguments[3:5])]
+
+
+@projected_attention_op.register_fake
+def _(*arguments):
+    call = ProjectedCall(*arguments)
+    n, _, height, width = call.x.shape
+    output = empty_map(call.x, call.weight.shape[0] // 3)
+    return output, output.new_empty(n, call.num_heads, height, width)
+
+
+@projected_attention_backward_op.register_fake
+def _(grad_output, logsumexp, *arguments):
+    call = ProjectedCall(*arguments)
+    return [empty_map(call.x, call.weight.shape[0]), *_contiguous_gradients(call[3:5])]
 
 
 @stem_attention_op.register_fake
@@ -227,6 +273,24 @@ def _(grad_output, output, logsumexp, *arguments, out_shape=None) -> int:
     query, *_, kernel_size = arguments
     relative = arguments[3] is not None
     return flops.local_attention_backward_flops(query, kernel_size, relative=relative)
+
+
+@register_flop_formula(torch.ops.sasa_det.projected_attention)
+def _(x, weight, *arguments, out_shape=None) -> int:
+    *_, rel_cols, _, kernel_size = arguments
+    attention = flops.local_attention_flops(
+        out_shape[0], kernel_size, relative=rel_cols is not None
+    )
+    return flops.projection_flops(x, weight) + attention
+
+
+@register_flop_formula(torch.ops.sasa_det.projected_attention_backward)
+def _(grad_output, logsumexp, x, weight, *arguments, out_shape=None) -> int:
+    *_, rel_cols, _, kernel_size = arguments
+    attention = flops.local_attention_backward_flops(
+        grad_output, kernel_size, relative=rel_cols is not None
+    )
+    return flops.projection_flops(x, weight) + attention
 
 
 def _stem_flops(*arguments, out_shape=None) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, empty_gradient
+from ..calls import AttentionCall, ProjectedCall, empty_gradient
 from . import library
 
 
@@ -12,11 +12,10 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    n, _, height, width = call.query.shape
     output = torch.empty_like(call.query)
-    shape = (n, call.num_heads, height, width)
-    logsumexp = call.query.new_empty(shape, dtype=torch.float32)
-    arguments, _embeddings = _arguments(call, logsumexp)
+    logsumexp = empty_logsumexp(output, call.num_heads)
+    arguments, _embeddings = attention_arguments(call, output.shape, logsumexp)
+    _set_maps(arguments, call)
     arguments.output = library.Map.of(output)
     library.run("sasa_det_attention_forward", arguments)
     return output, logsumexp
@@ -26,28 +25,47 @@ def backward(
     call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
 ) -> list[Tensor]:
     """``output`` is not needed: the kernel has all weights of a position at hand at once."""
-    arguments, _embeddings = _arguments(call, logsumexp)
-    grads = [empty_gradient(call, torch.float32)]
-    arguments.grad_output = library.Map.of(grad_output)
-    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
-        library.Map.of, grads[0].chunk(3, dim=1)
-    )
-    if call.rel_rows is not None:
-        # Each task adds up its own part, so that the sum does not depend on who is first.
-        shape = (call.query.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
-        parts = call.query.new_zeros(shape, dtype=torch.float32)
-        arguments.grad_embeddings = parts.data_ptr()
-    library.run("sasa_det_attention_backward", arguments)
-    if call.rel_rows is not None:
-        grads += [parts[:, axis].sum(dim=0) for axis in (0, 1)]
+    arguments, _embeddings = attention_arguments(call, grad_output.shape, logsumexp)
+    _set_maps(arguments, call)
+    grads = run_backward(arguments, call, grad_output, empty_gradient(call, torch.float32))
     return [grad.to(call.query.dtype) for grad in grads]
 
 
-def _arguments(
-    call: AttentionCall, logsumexp: Tensor
+def run_backward(
+    arguments: library.AttentionArguments,
+    call: AttentionCall | ProjectedCall,
+    grad_output: Tensor,
+    grad_maps: Tensor,
+) -> list[Tensor]:
+    """Fills ``grad_maps`` (N, 3 * C, H, W) and returns it and the gradients of the embeddings."""
+    arguments.grad_output = library.Map.of(grad_output)
+    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
+        library.Map.of, grad_maps.chunk(3, dim=1)
+    )
+    if call.rel_rows is None:
+        library.run("sasa_det_attention_backward", arguments)
+        return [grad_maps]
+    # Each task adds up its own part, so that the sum does not depend on who is first.
+    shape = (grad_output.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
+    parts = grad_maps.new_zeros(shape)
+    arguments.grad_embeddings = parts.data_ptr()
+    library.run("sasa_det_attention_backward", arguments)
+    return [grad_maps, *(parts[:, axis].sum(dim=0) for axis in (0, 1))]
+
+
+def empty_logsumexp(output: Tensor, num_heads: int) -> Tensor:
+    n, _, height, width = output.shape
+    return output.new_empty((n, num_heads, height, width), dtype=torch.float32)
+
+
+def attention_arguments(
+    call: AttentionCall | ProjectedCall, shape: torch.Size, logsumexp: Tensor
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
-    """What the library is called with, and the embeddings that it points to."""
-    n, channels, height, width = call.query.shape
+    """What the library is called with but for the maps, and the embeddings that it points to.
+
+    ``shape`` is that of the output.
+    """
+    n, channels, height, width = shape
     embeddings = [
         x if x is None else x.to(torch.float32).contiguous() for x in (call.rel_rows, call.rel_cols)
     ]
@@ -59,10 +77,7 @@ def _arguments(
         height=height,
         width=width,
         kernel_size=call.kernel_size,
-        bands=_bands(n * call.num_heads, height, call.kernel_size),
-        query=library.Map.of(call.query),
-        key=library.Map.of(call.key),
-        value=library.Map.of(call.value),
+        bands=number_of_bands(n * call.num_heads, height, call.kernel_size),
         rel_rows=rel_rows,
         rel_cols=rel_cols,
         logsumexp=logsumexp.data_ptr(),
@@ -70,7 +85,11 @@ def _arguments(
     return arguments, embeddings
 
 
-def _bands(planes: int, height: int, kernel_size: int) -> int:
+def _set_maps(arguments: library.AttentionArguments, call: AttentionCall) -> None:
+    arguments.query, arguments.key, arguments.value = map(library.Map.of, call[:3])
+
+
+def number_of_bands(planes: int, height: int, kernel_size: int) -> int:
     """Into how many bands a plane is cut, so that there are tasks for all threads.
 
     A band's window reaches into its neighbours, which the backward computes twice: no band is lower

@@ -27,6 +27,7 @@ class Map(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *((f"stride_{axis}", ctypes.c_int64) for axis in "nchw"),
         ("dtype", ctypes.c_int64),
+        ("ring", ctypes.c_int64),
     )
 
     @classmethod
@@ -43,6 +44,9 @@ class AttentionArguments(ctypes.Structure):
         ("bands", ctypes.c_int64),
         *((name, Map) for name in ("query", "key", "value", "output")),
         *((name, _FLOATS) for name in ("rel_rows", "rel_cols", "logsumexp")),
+        ("in_channels", ctypes.c_int64),
+        ("input", Map),
+        *((name, _FLOATS) for name in ("projection", "bias")),
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
     )

@@ -13,6 +13,7 @@ typedef struct {
     void *data;
     int64_t stride_n, stride_c, stride_h, stride_w;
     int64_t dtype;
+    int64_t ring; /* rows that are kept, row y where row y % ring is; 0 for all */
 } Map;
 
 typedef struct {
@@ -21,6 +22,10 @@ typedef struct {
     Map query, key, value, output;
     const float *rel_rows, *rel_cols; /* (heads, kernel_size, head_dim / 2), or NULL */
     float *logsumexp;                 /* (batch, heads, height, width) */
+    /* Where queries, keys and values are projected here, instead of their maps. */
+    int64_t in_channels;              /* 0: they are given */
+    Map input;                        /* floats, the channels of a position contiguous */
+    const float *projection, *bias;   /* (3, heads, head_dim, in_channels), (3, heads, head_dim) or NULL */
     /* For the backward: float32 gradients; those of the embeddings as partial sums,
        (batch, bands, 2, heads, kernel_size, head_dim / 2). */
     Map grad_output, grad_query, grad_key, grad_value;

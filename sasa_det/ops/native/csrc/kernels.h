@@ -18,6 +18,7 @@
 #include "transpose.h"
 #include "rows.h"
 #include "sums.h"
+#include "projection.h"
 #include "local_attention.h"
 #include "local_attention_backward.h"
 #include "stem.h"

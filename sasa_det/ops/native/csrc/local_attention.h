@@ -2,7 +2,8 @@
 
    A task is a band of rows of a head of an image. It walks down the rows of queries; the rows of
    keys and values in their window stand in a ring of scratch memory. Nothing else of the size of a
-   map is kept: what scratch memory grows with is the width of the map.
+   map is kept: what scratch memory grows with is the width of the map. The task may project its
+   queries, keys and values itself, row by row: then no map of theirs exists at all.
 
    Positions outside the map are zeros with a logit of OUTSIDE. That is finite, so that queries
    outside the map, whose results nobody reads, stay free of NaN. */
@@ -20,6 +21,13 @@ typedef struct {
     int64_t size, radius;             /* of the window */
     int64_t col_radius, cols;         /* of the columns that any position can see */
     int64_t first, last;              /* row offsets that any query of the current row can see */
+    Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
+    float *projected;                 /* ring of rows of [width][columns] */
+    float *query_ring;                /* [radius + 1] plain rows */
+    float *projection;                /* [in_channels][columns], in panels */
+    float *bias;                      /* [columns] */
+    int64_t columns;                  /* 3 * head_dim, and some for whole vectors */
+    int64_t next_projected;           /* row */
     float **keys, **values;           /* [size] rows of the current window */
     float **grad_keys, **grad_values; /* [size] */
     int64_t next_row;                 /* of keys, the first that is not in the ring yet */
@@ -42,6 +50,16 @@ static void *take(char **scratch, int64_t count, size_t size) {
     return start;
 }
 
+/* Whether a projected row goes straight to where it is used: not if it is in several packed rows. */
+INLINE bool projects_directly(const Task *task) {
+    return task->call->in_channels && task->plain.pack == 1;
+}
+
+/* Of `projected`: one, or those from the first key in a window to the last. */
+INLINE int64_t projected_rows(const Task *task) {
+    return task->plain.pack == 1 ? 1 : task->size + 2 * task->plain.pack - 1;
+}
+
 /* Lays out `task` at `scratch` and returns the end of it. */
 static char *lay_out(Task *task, char *scratch, bool backward) {
     const int64_t channels = task->call->head_dim, window = task->size * task->cols;
@@ -61,6 +79,15 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
     task->col_logits = take(&scratch, task->size, sizeof(V));
     task->row_mask = take(&scratch, task->size, sizeof(V));
     task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
+    if (task->call->in_channels) {
+        int64_t row = task->plain.width * task->columns;
+        task->projected = take(&scratch, projected_rows(task) * row, sizeof(float));
+        task->projection =
+            take(&scratch, task->call->in_channels * task->columns, sizeof(float));
+        task->bias = take(&scratch, task->columns, sizeof(float));
+        if (projects_directly(task))
+            task->query_ring = take(&scratch, (task->radius + 1) * plain, sizeof(float));
+    }
     if (!backward) return scratch;
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
     task->grad_values = take(&scratch, task->size, sizeof(float *));
@@ -87,6 +114,7 @@ static void shape_task(Task *task, const AttentionCall *call) {
     int64_t reach = task->col_radius * task->plain.pack;
     task->shifted = padded(task->plain, reach);
     task->kept = padded(task->plain, ceil_div(reach, LANES) * LANES);
+    task->columns = ceil_div(3 * call->head_dim, LANES) * LANES;
 }
 
 static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
@@ -94,6 +122,82 @@ static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
     shape_task(&task, call);
     char *const nowhere = (char *)64;
     return lay_out(&task, nowhere, backward) - nowhere;
+}
+
+/* Where a row stands in a ring of rows of this layout. */
+INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
+    int64_t slot = row % task->size;
+    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
+}
+
+/* The same map from an image and a channel on. */
+INLINE Map map_from(const Map *map, int64_t n, int64_t channel) {
+    Map from = *map;
+    int64_t start = n * map->stride_n + channel * map->stride_c;
+    from.data = (char *)map->data + start * (map->dtype == FLOAT32 ? 4 : 2);
+    return from;
+}
+
+/* Makes the maps of queries, keys and values rings of rows that are projected when they are needed. */
+static void start_projection(Task *task) {
+    const AttentionCall *call = task->call;
+    const int64_t channels = call->head_dim, in = call->in_channels, columns = task->columns;
+    Map *maps[] = {&task->query_map, &task->key_map, &task->value_map};
+    memset(task->projection, 0, in * columns * sizeof(float));
+    memset(task->bias, 0, columns * sizeof(float));
+    for (int64_t part = 0; part < 3; part++) {
+        int64_t row = (part * call->heads + task->head) * channels;
+        pack_panels(call->projection + row * in, part * channels, channels, in, task->projection,
+                    columns);
+        if (call->bias)
+            memcpy(task->bias + part * channels, call->bias + row, channels * sizeof(float));
+        *maps[part] = (Map){.data = task->projected + part * channels,
+                            .stride_c = 1,
+                            .stride_h = task->plain.width * columns,
+                            .stride_w = columns,
+                            .dtype = FLOAT32,
+                            .ring = projected_rows(task)};
+    }
+    if (projects_directly(task))
+        task->query_map = (Map){.data = task->query_ring,
+                                .stride_c = task->plain.floats,
+                                .stride_h = channels * task->plain.floats,
+                                .stride_w = 1,
+                                .dtype = FLOAT32,
+                                .ring = task->radius + 1};
+    task->next_projected = 0;
+}
+
+/* Puts a row that was just projected where its queries, keys and values are used. */
+static void distribute_row(Task *task, int64_t row) {
+    const int64_t channels = task->call->head_dim, slot = slot_of(task, &task->shifted, row);
+    read_rows(&task->shifted, &task->key_map, 0, 0, channels, row, task->key_ring + slot, NULL);
+    read_rows(&task->shifted, &task->value_map, 0, 0, channels, row, task->value_ring + slot, NULL);
+    transpose(task->projected, task->columns, task->plain.width, channels,
+              task->query_ring + row_start(&task->query_map, 0, 0, row), task->plain.floats);
+}
+
+/* Projects the rows before `until` that are not in the ring yet; those before `from` are not needed. */
+static void project_rows(Task *task, int64_t from, int64_t until) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
+    if (!call->in_channels) return;
+    if (until > s->height) until = s->height;
+    if (task->next_projected < from) task->next_projected = from;
+    const int64_t ring = projected_rows(task);
+    const bool evenly = call->input.stride_h == s->width * call->input.stride_w;
+    for (int64_t row = task->next_projected, count; row < until; row += count) {
+        const float *x =
+            (const float *)call->input.data + row_start(&call->input, task->n, 0, row);
+        /* Several rows are one long row, as far as the ring is. */
+        count = evenly ? until - row : 1;
+        if (count > ring - row % ring) count = ring - row % ring;
+        project_row(x, x + count * call->input.stride_h, call->input.stride_w, count * s->width,
+                    call->in_channels, task->projection, task->columns, task->bias,
+                    task->projected + row % ring * s->width * task->columns);
+        if (projects_directly(task)) distribute_row(task, row);
+        task->next_projected = row + count;
+    }
 }
 
 static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,
@@ -109,18 +213,19 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
     task->end = groups * (band + 1) / call->bands * s->pack;
     if (task->end > call->height) task->end = call->height;
     task->next_row = INT64_MIN;
+    if (call->in_channels) {
+        start_projection(task);
+    } else {
+        task->query_map = map_from(&call->query, task->n, task->channel);
+        task->key_map = map_from(&call->key, task->n, task->channel);
+        task->value_map = map_from(&call->value, task->n, task->channel);
+    }
     for (int64_t t = 0; t < s->vectors; t++)
         for (int64_t o = 0; o < task->cols; o++)
             for (int lane = 0; lane < LANES; lane++) {
                 int64_t x = (t * LANES + lane) / s->pack + o - task->col_radius;
                 task->col_mask[t * task->cols + o][lane] = x >= 0 && x < s->width ? 0 : OUTSIDE;
             }
-}
-
-/* Where a row stands in a ring of rows of this layout. */
-INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
-    int64_t slot = row % task->size;
-    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
 }
 
 /* Makes the window of the queries from `row` on the current one. */
@@ -132,15 +237,15 @@ static void move_window(Task *task, int64_t row) {
     task->first = top + s->pack > 0 ? 0 : -top - s->pack + 1;
     task->last = task->size - 1;
     if (top + task->last >= s->height) task->last = s->height - 1 - top;
+    project_rows(task, top, row + task->radius + s->pack);
     for (int64_t a = task->first; a <= task->last; a++) {
         int64_t slot = slot_of(task, s, top + a);
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
-        if (top + a >= task->next_row) {
-            read_rows(s, &call->key, task->n, task->channel, call->head_dim, top + a, task->keys[a],
+        if (top + a >= task->next_row && !projects_directly(task)) {
+            read_rows(s, &task->key_map, 0, 0, call->head_dim, top + a, task->keys[a], task->apart);
+            read_rows(s, &task->value_map, 0, 0, call->head_dim, top + a, task->values[a],
                       task->apart);
-            read_rows(s, &call->value, task->n, task->channel, call->head_dim, top + a,
-                      task->values[a], task->apart);
         }
         for (int lane = 0; lane < LANES; lane++) {
             int64_t y = top + a + lane % s->pack;
@@ -206,11 +311,9 @@ static void weighted_sum(Task *task, const V *weights, float *const *rows, int64
 /* A vector of the output, and of the log-sum-exp. */
 static void attend(Task *task, int64_t vector) {
     const int64_t at = vector * LANES, stride = task->plain.floats;
-    V highest = compute_logits(task, vector), total = {0};
-    for (int64_t i = task->first * task->cols; i < (task->last + 1) * task->cols; i++) {
-        task->logits[i] = exponential(task->logits[i] - highest);
-        total += task->logits[i];
-    }
+    const V highest = compute_logits(task, vector);
+    const V total = exponentials(task->logits + task->first * task->cols,
+                                 (task->last + 1 - task->first) * task->cols, highest);
     store(task->logsumexp + at, highest + logarithm(total));
     weighted_sum(task, task->logits, task->values, vector);
     V scale = 1.0f / total;
@@ -222,7 +325,7 @@ static void attend(Task *task, int64_t vector) {
 
 INLINE Map logsumexp_map(const AttentionCall *call) {
     int64_t plane = call->height * call->width;
-    return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32};
+    return (Map){call->logsumexp, call->heads * plane, plane, call->width, 1, FLOAT32, 0};
 }
 
 /* Asks, while a vector of this row of queries is computed, for a part of what the next row reads and
@@ -231,9 +334,12 @@ static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *t
     const AttentionCall *call = task->call;
     const Layout *s = &task->plain;
     const int64_t n = task->n, channel = task->channel, channels = call->head_dim;
-    prefetch_rows(s, &call->query, n, channel, channels, row + s->pack, vector, s->vectors, false);
-    prefetch_rows(s, &call->key, n, channel, channels, task->next_row, vector, s->vectors, false);
-    prefetch_rows(s, &call->value, n, channel, channels, task->next_row, vector, s->vectors, false);
+    if (!call->in_channels) {
+        prefetch_rows(s, &task->query_map, 0, 0, channels, row + s->pack, vector, s->vectors, false);
+        prefetch_rows(s, &task->key_map, 0, 0, channels, task->next_row, vector, s->vectors, false);
+        prefetch_rows(s, &task->value_map, 0, 0, channels, task->next_row, vector, s->vectors,
+                      false);
+    }
     prefetch_rows(s, to_write, n, channel, channels, row, vector, s->vectors, true);
 }
 
@@ -246,7 +352,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     for (int64_t row = task.begin; row < task.end; row += s->pack) {
         move_window(&task, row);
         task.next_row = row + task.radius + 1;
-        read_rows(s, &call->query, task.n, task.channel, call->head_dim, row, task.query, task.apart);
+        read_rows(s, &task.query_map, 0, 0, call->head_dim, row, task.query, task.apart);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->output);
             attend(&task, vector);

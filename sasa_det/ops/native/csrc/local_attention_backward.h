@@ -152,8 +152,8 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
             memset(task.grad_values[a], 0, row_floats * sizeof(float));
         }
         task.next_row = row + task.radius + 1;
-        read_rows(&task.shifted, &call->query, task.n, task.channel, call->head_dim, row,
-                  task.shifted_query, task.apart);
+        read_rows(&task.shifted, &task.query_map, 0, 0, call->head_dim, row, task.shifted_query,
+                  task.apart);
         read_rows(&task.shifted, &call->grad_output, task.n, task.channel, call->head_dim, row,
                   task.shifted_grad_output, task.apart);
         strip_padding(&task.shifted, task.shifted_query, s, call->head_dim, task.query);

@@ -127,6 +127,7 @@ static void repack(const Layout *s, int64_t channels, float *packed, float *apar
 }
 
 INLINE int64_t row_start(const Map *map, int64_t n, int64_t channel, int64_t y) {
+    if (map->ring) y %= map->ring;
     return n * map->stride_n + channel * map->stride_c + y * map->stride_h;
 }
 

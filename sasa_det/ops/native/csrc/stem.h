@@ -72,10 +72,9 @@ static void start_stem(StemTask *task, const StemCall *call, int64_t index, char
     task->end = rows * (band + 1) / call->bands;
 }
 
-/* The pixels of a row of blocks. */
-static void read_blocks(StemTask *task, int64_t row) {
+/* Which positions of a row of blocks lie in the image. */
+static void mark_inside(StemTask *task, int64_t row) {
     const StemCall *c = task->call;
-    const Map *image = &c->image;
     for (int64_t t = 0; t < task->vectors; t++)
         for (int64_t p = 0; p < task->positions; p++) {
             int64_t y = row * c->block_size + p / c->block_size;
@@ -85,23 +84,42 @@ static void read_blocks(StemTask *task, int64_t row) {
                 bool inside = y < c->height && x < c->width;
                 task->inside[i][lane] = inside;
                 task->outside[i][lane] = inside ? 0 : OUTSIDE;
-                int64_t at = task->n * image->stride_n + y * image->stride_h + x * image->stride_w;
-                for (int64_t channel = 0; channel < c->in_channels; channel++)
-                    task->pixels[i * c->in_channels + channel][lane] =
-                        inside ? ((float *)image->data)[at + channel * image->stride_c] : 0;
+            }
+        }
+}
+
+/* The pixels of a row of blocks; those outside the image are zero. */
+INLINE void read_pixels(StemTask *task, int64_t row, const int in, const int block) {
+    const StemCall *c = task->call;
+    const Map *image = &c->image;
+    if ((row + 1) * block > c->height)
+        memset(task->pixels, 0, task->vectors * block * block * in * sizeof(V));
+    for (int channel = 0; channel < in; channel++)
+        for (int a = 0; a < block && row * block + a < c->height; a++) {
+            const float *from = (const float *)image->data + task->n * image->stride_n +
+                                channel * image->stride_c + (row * block + a) * image->stride_h;
+            for (int64_t x = 0; x < task->vectors * LANES; x++) {
+                float *to = (float *)(task->pixels + (x / LANES * block + a) * block * in + channel) +
+                            x % LANES;
+                for (int b = 0; b < block; b++) {
+                    int64_t at = x * block + b;
+                    to[b * in * LANES] = at < c->width ? from[at * image->stride_w] : 0;
+                }
             }
         }
 }
 
 /* Values of all positions of a vector of blocks. */
 INLINE void stem_values(StemTask *task, const V *pixels, int64_t head, const int in,
-                        const int head_dim) {
-    const float *weight = task->call->value_weights + head * task->positions * head_dim * in;
-    for (int64_t i = 0; i < task->positions * head_dim; i++) {
-        V value = {0};
-        for (int c = 0; c < in; c++) value += pixels[i / head_dim * in + c] * weight[i * in + c];
-        task->values[i] = value;
-    }
+                        const int block, const int head_dim) {
+    const float *weight = task->call->value_weights + head * block * block * head_dim * in;
+    V *values = task->values;
+    for (int s = 0; s < block * block; s++, pixels += in)
+        for (int d = 0; d < head_dim; d++, weight += in) {
+            V value = {0};
+            for (int c = 0; c < in; c++) value += pixels[c] * weight[c];
+            *values++ = value;
+        }
 }
 
 /* The softmax of one query over the keys of its block. */
@@ -122,7 +140,7 @@ INLINE void stem_softmax(StemTask *task, const V *pixels, const V *outside, int6
         for (int i = 0; i < in; i++)
             col_logits[b] += x[i] * call->rel_cols[(col_offset + b) * in + i];
     }
-    V highest = splat(-INFINITY), total = {0};
+    V highest = splat(-INFINITY);
     for (int a = 0; a < block; a++) {
         V row_logit = {0};
         for (int i = 0; i < in; i++)
@@ -135,12 +153,21 @@ INLINE void stem_softmax(StemTask *task, const V *pixels, const V *outside, int6
             highest = maximum(highest, logit);
         }
     }
-    for (int s = 0; s < block * block; s++) {
-        weights[s] = exponential(weights[s] - highest);
-        total += weights[s];
-    }
-    V scale = 1.0f / total;
+    V scale = 1.0f / exponentials(weights, block * block, highest);
     for (int s = 0; s < block * block; s++) weights[s] *= scale;
+}
+
+/* The outputs of `count` neighbouring queries. */
+INLINE void stem_outputs(StemTask *task, int query, const int count, const int positions,
+                         const int head_dim) {
+    const V *weights = task->weights + query * positions, *value = task->values;
+    V total[count * head_dim], *outputs = task->outputs + query * head_dim;
+    for (int i = 0; i < count * head_dim; i++) total[i] = (V){0};
+    for (int s = 0; s < positions; s++, value += head_dim)
+        for (int q = 0; q < count; q++)
+            for (int d = 0; d < head_dim; d++)
+                total[q * head_dim + d] += weights[q * positions + s] * value[d];
+    for (int i = 0; i < count * head_dim; i++) outputs[i] = total[i];
 }
 
 /* The attention of one head in a vector of blocks, and its maximum in each block. */
@@ -149,22 +176,45 @@ INLINE void stem_attend(StemTask *task, int64_t vector, int64_t head, const int 
     const int positions = block * block;
     const V *pixels = task->pixels + vector * positions * in;
     const V *outside = task->outside + vector * positions;
-    stem_values(task, pixels, head, in, head_dim);
-    for (int d = 0; d < head_dim; d++) task->best[d] = splat(-INFINITY);
-    for (int query = 0; query < positions; query++) {
+    stem_values(task, pixels, head, in, block, head_dim);
+    int query = 0;
+    for (; query + 2 <= positions; query += 2) {
         stem_softmax(task, pixels, outside, head, query, in, block);
-        V total[head_dim], *outputs = task->outputs + query * head_dim;
-        for (int d = 0; d < head_dim; d++) total[d] = (V){0};
-        for (int s = 0; s < positions; s++)
-            for (int d = 0; d < head_dim; d++)
-                total[d] += task->weights[query * positions + s] * task->values[s * head_dim + d];
-        for (int d = 0; d < head_dim; d++) {
-            outputs[d] = total[d];
-            V candidate = total[d] + outside[query];
-            IntV better = candidate > task->best[d];
-            task->best[d] = maximum(task->best[d], candidate);
-            task->best_at[d] = (V)(((IntV)splat(query) & better) | ((IntV)task->best_at[d] & ~better));
+        stem_softmax(task, pixels, outside, head, query + 1, in, block);
+        stem_outputs(task, query, 2, positions, head_dim);
+    }
+    for (; query < positions; query++) {
+        stem_softmax(task, pixels, outside, head, query, in, block);
+        stem_outputs(task, query, 1, positions, head_dim);
+    }
+    for (int d = 0; d < head_dim; d++) {
+        V best = splat(-INFINITY), best_at = {0};
+        for (int p = 0; p < positions; p++) {
+            V candidate = task->outputs[p * head_dim + d] + outside[p];
+            IntV better = candidate > best;
+            best = maximum(best, candidate);
+            best_at = (V)(((IntV)splat(p) & better) | ((IntV)best_at & ~better));
         }
+        task->best[d] = best;
+        task->best_at[d] = best_at;
+    }
+}
+
+/* Adds the outputs of a head in a vector of blocks, and their squares, to the sums. */
+INLINE void stem_sums(StemTask *task, int64_t vector, int64_t head, const int block,
+                      const int head_dim) {
+    const StemCall *c = task->call;
+    const V *inside = task->inside + vector * block * block;
+    V *sums = task->sums + head * head_dim;
+    for (int d = 0; d < head_dim; d++) {
+        V total = {0}, squares = {0};
+        for (int p = 0; p < block * block; p++) {
+            V output = task->outputs[p * head_dim + d] * inside[p];
+            total += output;
+            squares += output * output;
+        }
+        sums[d] += total;
+        sums[c->heads * head_dim + d] += squares;
     }
 }
 
@@ -179,6 +229,24 @@ static void stem_attend_any(StemTask *task, int64_t vector, int64_t head) {
         stem_attend(task, vector, head, 3, 4, 8);
     else
         stem_attend(task, vector, head, c->in_channels, c->block_size, c->head_dim);
+}
+
+static void stem_sums_any(StemTask *task, int64_t vector, int64_t head) {
+    const StemCall *c = task->call;
+    if (has_usual_shape(c))
+        stem_sums(task, vector, head, 4, 8);
+    else
+        stem_sums(task, vector, head, c->block_size, c->head_dim);
+}
+
+static void read_blocks(StemTask *task, int64_t row) {
+    const StemCall *c = task->call;
+    /* Only the last row of blocks differs from the others. */
+    if (row == task->begin || (row + 1) * c->block_size > c->height) mark_inside(task, row);
+    if (has_usual_shape(c))
+        read_pixels(task, row, 3, 4);
+    else
+        read_pixels(task, row, c->in_channels, c->block_size);
 }
 
 /* Copies between a vector of a channel's row of blocks in a map, and memory. */
@@ -203,13 +271,7 @@ static void stem_forward_task(const void *arguments, int64_t index, char *scratc
         for (int64_t head = 0; head < call->heads; head++)
             for (int64_t vector = 0; vector < task.vectors; vector++) {
                 stem_attend_any(&task, vector, head);
-                for (int64_t i = 0; i < task.positions * head_dim; i++) {
-                    int64_t channel = head * head_dim + i % head_dim;
-                    V output = task.outputs[i] *
-                               task.inside[vector * task.positions + i / head_dim];
-                    task.sums[channel] += output;
-                    task.sums[channels + channel] += output * output;
-                }
+                stem_sums_any(&task, vector, head);
                 for (int64_t d = 0; d < head_dim; d++)
                     memcpy(blocks_at(&task, &call->maximum, head * head_dim + d, row, vector),
                            task.best + d, lanes_used(&task, vector) * sizeof(float));

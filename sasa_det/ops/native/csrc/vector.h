@@ -47,22 +47,48 @@ INLINE float sum_of_lanes(V x) {
     return total;
 }
 
-/* exp to about 1e-7 of its value; what is below exp(-87) becomes exp(-87). */
-INLINE V exponential(V x) {
+/* exp to about 1e-7 of its value, of some vectors; what is below exp(-87) becomes exp(-87). Step by
+   step for all of them: one alone is a chain in which each step waits for the one before. */
+INLINE void exponentials_of(const int count, const V *x, V highest, V *results) {
     const float round = 12582912.0f; /* 1.5 * 2**23: adding it rounds to an integer */
-    x = maximum(splat(-87.0f), x); /* in this order NaN stays NaN */
-    V shifted = x * 1.44269504f + round;
-    V n = shifted - round;
-    V r = x - n * 0.693145752f; /* log(2) in two parts, so that r is exact */
-    r = r - n * 1.42860677e-6f;
-    V p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const float coefficients[] = {8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
+    V shifted[4], r[4], p[4];
+#define EACH _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
+    /* In this order NaN stays NaN. */
+    EACH r[i] = maximum(splat(-87.0f), x[i] - highest);
+    EACH shifted[i] = r[i] * 1.44269504f + round;
+    /* log(2) in two parts, so that r is exact */
+    EACH r[i] = r[i] - (shifted[i] - round) * 0.693145752f;
+    EACH r[i] = r[i] - (shifted[i] - round) * 1.42860677e-6f;
+    EACH p[i] = splat(1.38888889e-3f);
+    _Pragma("GCC unroll 6") for (int step = 0; step < 6; step++)
+        EACH p[i] = p[i] * r[i] + coefficients[step];
     /* The low bits of `shifted` are n: times 2**n by adding to the exponent. */
-    return (V)((IntV)p + ((IntV)shifted << 23));
+    EACH results[i] = (V)((IntV)p[i] + ((IntV)shifted[i] << 23));
+#undef EACH
+}
+
+INLINE V exponential(V x) {
+    exponentials_of(1, &x, (V){0}, &x);
+    return x;
+}
+
+/* x = exp(x - highest) for `count` vectors; returns their sum. */
+INLINE V exponentials(V *x, int64_t count, V highest) {
+    V total[4] = {{0}}, r[4];
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        exponentials_of(4, x + i, highest, r);
+        for (int j = 0; j < 4; j++) {
+            x[i + j] = r[j];
+            total[j] += r[j];
+        }
+    }
+    for (; i < count; i++) {
+        exponentials_of(1, x + i, highest, x + i);
+        total[0] += x[i];
+    }
+    return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
 /* log of x >= 1 to about 1e-7. */

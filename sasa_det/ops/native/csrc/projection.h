@@ -1,0 +1,92 @@
+/* A row of queries, keys and values of a head, as the 1x1 convolution that they are. Included once for
+   each instruction set, by kernels.h.
+
+   Weights stand in panels of some columns (output channels), each [channels][columns of the panel]. */
+
+#define PANEL 3 /* vectors of columns, at most */
+#if LANES == 16
+#define POSITIONS 8 /* that are summed up at once, with 32 registers */
+#else
+#define POSITIONS 4
+#endif
+
+/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p. */
+INLINE void project_tile(const int vectors, const int positions, const float *x, int64_t stride,
+                         const float *weights, int64_t channels, const float *start, float *out,
+                         int64_t columns) {
+    V total[POSITIONS * PANEL], weight[PANEL];
+    UNROLL for (int p = 0; p < positions; p++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            total[p * vectors + v] = load((start ? start : out + p * columns) + v * LANES);
+    for (int64_t c = 0; c < channels; c++, weights += vectors * LANES) {
+        UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * LANES);
+        UNROLL for (int p = 0; p < positions; p++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                total[p * vectors + v] += x[p * stride + c] * weight[v];
+    }
+    UNROLL for (int p = 0; p < positions; p++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            store(out + p * columns + v * LANES, total[p * vectors + v]);
+}
+
+/* A panel's columns of a row of positions. */
+INLINE void project_panel(const int vectors, const float *x, int64_t stride, int64_t width,
+                          const float *weights, int64_t channels, const float *start, float *out,
+                          int64_t columns, const float *next) {
+    int64_t p = 0;
+    for (; p + POSITIONS <= width; p += POSITIONS) {
+        if (next)
+            for (int64_t i = 0; i < POSITIONS; i++)
+                for (int64_t c = 0; c < channels; c += 64 / sizeof(float))
+                    prefetch_line((const char *)(next + (p + i) * stride + c), false);
+        project_tile(vectors, POSITIONS, x + p * stride, stride, weights, channels, start,
+                     out + p * columns, columns);
+    }
+    for (; p + POSITIONS / 2 <= width; p += POSITIONS / 2)
+        project_tile(vectors, POSITIONS / 2, x + p * stride, stride, weights, channels, start,
+                     out + p * columns, columns);
+    for (; p < width; p++)
+        project_tile(vectors, 1, x + p * stride, stride, weights, channels, start,
+                     out + p * columns, columns);
+}
+
+INLINE int64_t panel_at(int64_t column, int64_t columns) {
+    int64_t left = columns - column;
+    return left < PANEL * LANES ? left : PANEL * LANES;
+}
+
+/* out[position][column] = start[column] + sum over channels of x[position][channel] times the weight;
+   `columns` is a multiple of LANES. `next` is the row that will be projected after this one. */
+static void project_row(const float *x, const float *next, int64_t stride, int64_t width, int64_t channels,
+                        const float *weights, int64_t columns, const float *start, float *out) {
+    const int64_t at_once = 256; /* channels: a panel is to stay in the first-level cache */
+    for (int64_t c = 0, count; c < channels; c += count) {
+        count = channels - c < at_once ? channels - c : at_once;
+        for (int64_t column = 0, panel; column < columns; column += panel) {
+            panel = panel_at(column, columns);
+#define BODY(vectors)                                                                              \
+    project_panel(vectors, x + c, stride, width, weights + column * channels + c * panel, count,   \
+                  c == 0 ? start + column : NULL, out + column, columns,                           \
+                  column + panel == columns ? next + c : NULL)
+            switch (panel / LANES) {
+            case 1: BODY(1); break;
+            case 2: BODY(2); break;
+            default: BODY(3); break;
+            }
+#undef BODY
+        }
+    }
+}
+
+/* Puts `count` columns from `first` on, of which `rows` has [count][channels], into panels. */
+static void pack_panels(const float *rows, int64_t first, int64_t count, int64_t channels,
+                        float *weights, int64_t columns) {
+    for (int64_t column = 0, panel; column < columns; column += panel) {
+        panel = panel_at(column, columns);
+        int64_t from = first > column ? first : column;
+        int64_t until = first + count < column + panel ? first + count : column + panel;
+        if (from < until)
+            transpose(rows + (from - first) * channels, channels, until - from, channels,
+                      weights + column * channels + from - column, panel);
+    }
+}
