@@ -69,6 +69,7 @@ def test_a_run_is_the_row_that_its_config_says_wherever_it_lies(tmp_path):
     [
         ["MODEL.SASA.POSITION", "none"],
         ["MODEL.SASA.STEM_MIXED_VALUES", "False"],
+        ["MODEL.SASA.BOTTLENECK_RESIDUAL", "False"],
         ["MODEL.SASA.ATTENTION_STAGES", "('res5',)"],
         ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"],
     ],
@@ -88,6 +89,7 @@ def test_the_rows_of_the_ablations_are_recognised_with_either_head(varied, row):
         "STEM": row.stem,
         "STEM_MIXED_VALUES": row.stem_mixed_values,
         "ATTENTION_STAGES": row.attention_stages,
+        "BOTTLENECK_RESIDUAL": row.residual,
         "KERNEL_SIZE": row.kernel_size,
         "POSITION": row.position,
     }

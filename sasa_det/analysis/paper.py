@@ -41,6 +41,7 @@ class AblationRow(NamedTuple):
     stem_mixed_values: bool = True
     attention_stages: tuple[str, ...] = STAGES
     kernel_size: int = 7
+    residual: bool = True
     position: str = "relative"
 
 
@@ -77,6 +78,8 @@ TABLE_2 = (
               110, 22.0, 36.6, 54.5, 39.2, 18.5, 40.6, 51.6),
 )
 # fmt: on
+# Ours, beyond the paper: config, heads, backbone.
+FPN_ROW = ("retinanet_full_attn_fpn", "attention, FPN too", "full attention")
 
 # What the paper's ablations vary, of a ResNet-50 with the convolutional stem; its "groups" 1 to 4
 # are res2 to res5. Their published figures were not at hand: only Table 1's rows have them.
@@ -84,6 +87,10 @@ ABLATIONS = {
     "stages that attend": tuple(
         AblationRow(", ".join(stages) or "none", attention_stages=stages)
         for stages in [*(STAGES[i:] for i in range(5)), *(STAGES[:i] for i in range(1, 4))]
+    ),
+    "residual around a bottleneck's attention": (
+        AblationRow("ours: with"),
+        AblationRow("the paper's: without", residual=False),
     ),
     "window": tuple(AblationRow(f"{k} x {k}", kernel_size=k) for k in (3, 5, 7, 9, 11)),
     "position": tuple(AblationRow(p, position=p) for p in ("relative", "absolute", "none")),

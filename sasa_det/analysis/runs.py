@@ -24,13 +24,14 @@ _FREE = (
 class Architecture(NamedTuple):
     """What the rows of the paper's tables differ in, at whatever width, depth and resolution.
 
-    What has no effect is None: the mixture without an attention stem, the window where nothing but
-    the stem attends, the position where nothing attends.
+    What has no effect is None: the mixture without an attention stem, the residual where no stage
+    attends, the window where nothing but the stem does, the position where nothing attends.
     """
 
     stem: str
     stem_mixed_values: bool | None
     attention_stages: tuple[str, ...]
+    residual: bool | None
     head_attention: bool
     fpn_attention: bool
     kernel_size: int | None
@@ -141,6 +142,7 @@ def architecture(cfg: CfgNode) -> Architecture:
         stem="attention" if stem else "conv",
         stem_mixed_values=sasa.STEM_MIXED_VALUES if stem else None,
         attention_stages=stages,
+        residual=sasa.BOTTLENECK_RESIDUAL if stages else None,
         head_attention=head,
         fpn_attention=fpn,
         kernel_size=sasa.KERNEL_SIZE if windows else None,

@@ -10,12 +10,12 @@ from tabulate import tabulate
 from sasa_det.engine import AP_NAMES
 
 from .flops import ModelCost, count_detector
-from .paper import TABLE_2
+from .paper import FPN_ROW, TABLE_2
 from .report import NOT_MEASURED
 
 # (heads, backbone) of each row, at whatever depth; the last is beyond the paper.
 ROWS = {row.config: (row.heads, row.backbone.removesuffix(" ResNet-50")) for row in TABLE_2}
-ROWS["retinanet_full_attn_fpn"] = ("attention, FPN too", "full attention")
+ROWS[FPN_ROW[0]] = FPN_ROW[1:]
 
 
 class RowResult(NamedTuple):

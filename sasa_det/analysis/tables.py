@@ -11,6 +11,7 @@ from sasa_det.modeling import make_sasa_resnet
 from .flops import ModelCost, count_network
 from .paper import (
     ABLATIONS,
+    FPN_ROW,
     TABLE_1,
     TABLE_1_IMAGE_SIZE,
     TABLE_1_NUM_CLASSES,
@@ -62,8 +63,8 @@ def table_2(configs: Path, dataset: str = COCO, image_size: int = TABLE_2_IMAGE_
         costs = {"params_m": row.params_m, "gflops": row.gflops}
         paper: dict[str, float | None] = {**costs, **dict(zip(AP_NAMES, figures))}
         rows.append(_detector_row(configs, labels, paper, image_size))
-    ours = {"config": "retinanet_full_attn_fpn", "heads": "attention, FPN too"}
-    rows.append(_detector_row(configs, {**ours, "backbone": "full attention"}, None, image_size))
+    ours = dict(zip(("config", "heads", "backbone"), FPN_ROW))
+    rows.append(_detector_row(configs, ours, None, image_size))
     title = "Table 2: RetinaNet with ResNet-50"
     return Table(title, rows, AP_NAMES, dataset, COCO, AP_NAMES)
 
@@ -134,6 +135,7 @@ def backbone_key(model: Architecture) -> dict[str, Any]:
         "stem": model.stem,
         "stem_mixed_values": model.stem_mixed_values,
         "attention_stages": model.attention_stages,
+        "residual": model.residual,
         "kernel_size": model.kernel_size if model.attention_stages else None,
         "position": model.position if model.attention_stages or model.stem != "conv" else None,
     }
@@ -142,7 +144,14 @@ def backbone_key(model: Architecture) -> dict[str, Any]:
 def _ablation_key(row: AblationRow) -> dict[str, Any]:
     mixed = row.stem_mixed_values if row.stem == "attention" else None
     model = Architecture(
-        row.stem, mixed, row.attention_stages, False, False, row.kernel_size, row.position
+        stem=row.stem,
+        stem_mixed_values=mixed,
+        attention_stages=row.attention_stages,
+        residual=row.residual if row.attention_stages else None,
+        head_attention=False,
+        fpn_attention=False,
+        kernel_size=row.kernel_size,
+        position=row.position,
     )
     return backbone_key(model)
 
@@ -165,6 +174,7 @@ def _resnet(row: AblationRow, num_classes: int | None = None) -> Any:
         stem=row.stem,
         stem_mixed_values=row.stem_mixed_values,
         attention_stages=row.attention_stages,
+        residual=row.residual,
         kernel_size=row.kernel_size,
         position=row.position,
         num_classes=num_classes,
