@@ -17,7 +17,7 @@ lint: .venv/.built  ## style and types
 	$(BIN)/mypy
 
 clean:  ## everything that the other targets made
-	rm -rf .venv build output datasets/sasa_digits sasa_det.egg-info sasa_det/ops/native/*.so
+	rm -rf .venv build output datasets/sasa_digits* sasa_det.egg-info sasa_det/ops/native/*.so
 
 # detectron2 comes after torch, from a package that has its Python files only: hence the flags. Older
 # pips do not pass them on, newer ones refuse the package's optional dependencies.

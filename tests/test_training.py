@@ -8,7 +8,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+
+import sasa_det  # noqa: F401
+
+# isort: split
+from conftest import CONFIGS, ROOT
+
+from sasa_det.checkpoint import check_weights
+from sasa_det.config import load_config
 
 AP_NAMES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
 # The demo's model, on fewer and smaller pictures, for a few steps.
@@ -87,6 +94,24 @@ def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):
         datasets=coco_slice,
     )
     assert "No GPU is used: running on the CPU." in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mismatch"),
+    [
+        (["MODEL.RESNETS.DEPTH", "50"], "res2.1 is not in the checkpoint; res2.2 is not in"),
+        (["MODEL.RESNETS.RES2_OUT_CHANNELS", "128"], "weight is 64x16x1x1 there and 128x16x1x1 in"),
+        (["MODEL.SASA.KERNEL_SIZE", "7"], "attention.rel_rows is 4x5x2 there and 4x7x2 in"),
+    ],
+    ids=lambda x: x[0],
+)
+def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, overrides, mismatch):
+    weights = str(trained[0] / "model_final.pth")
+    check_weights(weights, load_config(str(CONFIGS / "demo.yaml")))
+    with pytest.raises(ValueError, match=r"of another depth, width or window") as error:
+        check_weights(weights, load_config(str(CONFIGS / "demo.yaml"), overrides))
+    assert mismatch in str(error.value)
+    assert str(error.value).count(";") == 3
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 
+from sasa_det.checkpoint import check_weights
 from sasa_det.config import load_config
 from sasa_det.data import check_datasets
 from sasa_det.engine import Trainer
@@ -61,6 +62,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         )
     if weights and "://" not in weights and not Path(weights).is_file():
         raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
+    check_weights(weights, cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
