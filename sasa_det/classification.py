@@ -17,9 +17,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import ResNet
-from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from fvcore.common.param_scheduler import CosineParamScheduler
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -240,11 +244,11 @@ class ClassifierTrainer(SimpleTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         recipe = self.recipe
-        schedule = WarmupParamScheduler(
-            CosineParamScheduler(1, 0),
-            warmup_factor=1 / max(recipe.warmup_epochs * self.steps_per_epoch, 1),
-            warmup_length=min(recipe.warmup_epochs / recipe.epochs, 1.0),
-        )
+        warmup = recipe.warmup_epochs / recipe.epochs
+        first = 1 / max(recipe.warmup_epochs * self.steps_per_epoch, 1)
+        parts = [LinearParamScheduler(first, 1), CosineParamScheduler(1, 0)]
+        lengths, scaling = [warmup, 1 - warmup], ["rescaled", "rescaled"]
+        schedule = CompositeParamScheduler(parts, lengths, scaling) if warmup else parts[1]
         scheduler = LRMultiplier(self.optimizer, schedule, self.max_iter)
         built = [
             hooks.IterationTimer(),
@@ -289,8 +293,12 @@ class ClassifierTrainer(SimpleTrainer):
                 "attention_stages": recipe.attention_stages,
                 "width": recipe.width,
                 "image_size": recipe.image_size,
+                "kernel_size": recipe.kernel_size,
                 "num_classes": len(self.images[0].classes),
                 "epochs": recipe.epochs,
+                "batch_size": recipe.batch_size,
+                "lr": recipe.base_lr(),
+                "seed": recipe.seed,
             }
             by_dataset = {self.dataset_name: {**results, "model": model}}
             write_results(by_dataset, Path(self.output_dir) / RESULTS_FILE)

@@ -93,6 +93,7 @@ def test_it_learns_and_writes_its_figures(trained):
     assert figures["model"] == {
         **{"depth": 26, "stem": "attention", "width": 16, "image_size": 32, "epochs": 8},
         **{"attention_stages": ["res2", "res3", "res4", "res5"], "num_classes": 4},
+        **{"kernel_size": 5, "batch_size": 30, "lr": 0.02, "seed": 0},
     }
     lines = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
     last = {name: value for line in lines for name, value in line.items()}

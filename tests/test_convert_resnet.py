@@ -293,6 +293,13 @@ def test_what_has_the_same_name_and_another_meaning_stays(tmp_path):
     assert "backbone.fpn_output3.norm.weight" in conversion.unused
 
 
+def test_towers_with_other_norms_than_the_checkpoints_teach_nothing(tmp_path):
+    conv_detector(tmp_path / "conv.pth")
+    source = read_checkpoint(str(tmp_path / "conv.pth"))
+    with pytest.raises(ValueError, match=r"other towers than the config's: head.cls_subnet.1"):
+        build_teacher(source, small("retinanet_full_attn", "MODEL.RETINANET.NORM", "GN"))
+
+
 def test_distillation_lowers_the_error_of_every_layer_on_real_pictures(coco_slice, tmp_path):
     conv_detector(tmp_path / "conv.pth")
     source = read_checkpoint(str(tmp_path / "conv.pth"))

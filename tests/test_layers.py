@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d, StemSelfAttention2d
 from sasa_det.layers.local_attention import sinusoidal_encodings
+from sasa_det.ops import use_backend
 
 
 @pytest.mark.parametrize("position", ["relative", "absolute", "none"])
@@ -175,6 +176,28 @@ def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_for
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(wanted, leaves, grad)
     ):
         torch.testing.assert_close(actual, expected)
+
+
+def test_a_norm_is_computed_again_in_the_precision_of_the_forward():
+    layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
+    layer = PreActivationSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
+    x = torch.randn(2, 32, 14, 13)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+        wanted = x + layer.attention(torch.relu(layer.norm(x)))
+    weight = layer.norm.weight
+    actual, expected = (torch.autograd.grad(y.float().sum(), weight)[0] for y in (output, wanted))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_backward_serves_after_the_backend_was_changed():
+    layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=4)
+    x = torch.randn(1, 32, 9, 8)
+    wanted = torch.autograd.grad(layer(x).square().sum(), layer.projection.weight)[0]
+    output = layer(x).square().sum()
+    with use_backend("eager"):
+        actual = torch.autograd.grad(output, layer.projection.weight)[0]
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_frozen_projection_and_a_backward_under_autocast():

@@ -72,6 +72,11 @@ def setup(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size} cannot be shared out to {processes} GPUs; choose a "
             "multiple of them."
         )
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise ValueError(
+            f"--warmup-epochs is {args.warmup_epochs:g}, which leaves none of the {args.epochs} "
+            "epochs to train at the learning rate; give fewer."
+        )
     train, _ = load_images(args.data, args.data_format)
     if args.batch_size > len(train):
         raise ValueError(

@@ -81,6 +81,7 @@ TABLE_2 = (
 # Ours, beyond the paper: config, heads, backbone.
 FPN_ROW = ("retinanet_full_attn_fpn", "attention, FPN too", "full attention")
 
+RESIDUAL = "residual around a bottleneck's attention"
 # What the paper's ablations vary, of a ResNet-50 with the convolutional stem; its "groups" 1 to 4
 # are res2 to res5. Their published figures were not at hand: only Table 1's rows have them.
 ABLATIONS = {
@@ -88,7 +89,7 @@ ABLATIONS = {
         AblationRow(", ".join(stages) or "none", attention_stages=stages)
         for stages in [*(STAGES[i:] for i in range(5)), *(STAGES[:i] for i in range(1, 4))]
     ),
-    "residual around a bottleneck's attention": (
+    RESIDUAL: (
         AblationRow("ours: with"),
         AblationRow("the paper's: without", residual=False),
     ),

@@ -52,6 +52,9 @@ class PlannedRun(NamedTuple):
             return False
         run = read_run(self.folder)
         asked, found = (yaml.safe_load(cfg.dump()) for cfg in (self.cfg, run.cfg))
+        if Path(run.cfg.MODEL.WEIGHTS).parent == Path(run.cfg.OUTPUT_DIR):
+            # Evaluating a run's own checkpoint wrote it there.
+            found["MODEL"]["WEIGHTS"] = self.cfg.MODEL.WEIGHTS
         for key, wanted, value in _differences(asked, found):
             if key not in NOT_COMPARED:
                 raise ValueError(

@@ -234,14 +234,17 @@ def _flat(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _iterations(path: Path) -> int:
-    """A last line that was cut off is no error."""
+    """A last line that was cut off is no error; a second training in the folder begins anew."""
     seen = evaluated = 0
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
-            seen = max(seen, entry["iteration"] + 1)
+            number = entry["iteration"] + 1
         except (ValueError, KeyError, TypeError):
             continue
+        if number < seen:
+            evaluated = min(evaluated, number)
+        seen = number
         if any(key.endswith("bbox/AP") for key in entry):
             evaluated = seen
     return evaluated or seen

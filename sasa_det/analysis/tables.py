@@ -12,6 +12,7 @@ from .flops import ModelCost, count_network
 from .paper import (
     ABLATIONS,
     FPN_ROW,
+    RESIDUAL,
     TABLE_1,
     TABLE_1_IMAGE_SIZE,
     TABLE_1_NUM_CLASSES,
@@ -158,7 +159,10 @@ def _ablation_key(row: AblationRow) -> dict[str, Any]:
 
 def _published(row: AblationRow) -> dict[str, float | None]:
     """Table 1's figures where the row is one of its ResNet-50s; the others nobody found."""
-    plain = row._replace(name="", stem="", attention_stages=()) == AblationRow("", "", True, ())
+    varied: dict[str, Any] = {"name": "", "stem": "", "attention_stages": (), "residual": True}
+    plain = row._replace(**varied) == AblationRow("", "", True, ())
+    if row in ABLATIONS[RESIDUAL]:  # the paper has none
+        plain = not row.residual
     for known in TABLE_1 if plain else ():
         if (known.depth, known.stem, known.attention_stages) == (
             50,

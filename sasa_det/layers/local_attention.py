@@ -98,7 +98,7 @@ class PreActivationSelfAttention2d(nn.Module):
     Eq. 3 has no scale, so its softmax freezes when its input is large, as the outputs of an FPN
     are; a norm in front keeps the logits small, and the residual keeps gradients alive. Behind the
     ReLU queries have a mean, by which they can meet the position embeddings whatever the content,
-    as in the backbone. The paper is silent on all three; the README shows what they are worth.
+    as in the backbone. The paper is silent on all three; docs/learning.md shows their worth.
 
     Args:
         attention (nn.Module): channels and resolution of its output are those of its input.
@@ -117,18 +117,21 @@ class PreActivationSelfAttention2d(nn.Module):
         if not recomputes or torch.compiler.is_compiling():
             return x + self.attention(F.relu(normed))
         kept = x.detach()  # which the norm keeps anyway
-        address = normed.data_ptr()  # not the tensor, which the closure would keep alive
+        # Not the tensor, which the closure would keep alive.
+        address, shape = normed.data_ptr(), normed.shape
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         again: list[Tensor] = []  # computed for the attention's backward, then for the ReLU's
 
         def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.data_ptr() == address else saved
+            return None if saved.data_ptr() == address and saved.shape == shape else saved
 
         def unpack(packed: Tensor | None) -> Tensor:
             if packed is not None:
                 return packed
             if again:
                 return again.pop()
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
                 again.append(F.relu_(self.norm(kept)))
             return again[0]
 

@@ -37,7 +37,7 @@ def projected_attention(
     Queries, keys and values are three times as large as ``x``. They are not kept for the backward
     but projected anew, so that a layer keeps no more than the convolution that it replaces; this
     costs a ninth of that convolution's FLOPs for each of the three. In float32 the native kernels
-    project row by row what they need: no such map exists even for a while.
+    project row by row what they need: no such map exists even for a while, but for the gradients'.
 
     Args:
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
@@ -114,21 +114,9 @@ class _ProjectedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        x, weight, bias, rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors
-        # As in the forward, where autocast had been applied to the tensors.
-        with torch.autocast(x.device.type, enabled=False):
-            maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
-        grad_maps, *grads = local_attention_backward_op(
-            grad_output,
-            output,
-            logsumexp,
-            *maps,
-            rel_rows,
-            rel_cols,
-            ctx.num_heads,
-            ctx.kernel_size,
-        )
-        projection_grads = _projection_gradients(ctx, grad_maps, x, weight)
+        *tensors, logsumexp, output = ctx.saved_tensors
+        grad_maps, *grads = _unfused_backward(ctx, grad_output, logsumexp, output, *tensors)
+        projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
         return *projection_grads, *(grads or (None, None)), None, None
 
 
@@ -145,11 +133,31 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         logsumexp, *tensors = ctx.saved_tensors
-        grad_maps, *grads = projected_attention_backward_op(
-            grad_output, logsumexp, *tensors, ctx.num_heads, ctx.kernel_size
-        )
+        arguments: tuple[Any, ...] = (*tensors, ctx.num_heads, ctx.kernel_size)
+        if find("projected_attention", ProjectedCall(*arguments)) is not None:
+            grad_maps, *grads = projected_attention_backward_op(grad_output, logsumexp, *arguments)
+        else:  # the backend or the number of threads was changed since the forward
+            grad_maps, *grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)
         projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
         return *projection_grads, *(grads or (None, None)), None, None
+
+
+def _unfused_backward(
+    ctx: Any,
+    grad_output: Tensor,
+    logsumexp: Tensor,
+    output: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *embeddings: Tensor | None,
+) -> list[Tensor]:
+    # As in the forward, where autocast had been applied to the tensors.
+    with torch.autocast(x.device.type, enabled=False):
+        maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
+    return local_attention_backward_op(
+        grad_output, output, logsumexp, *maps, *embeddings, ctx.num_heads, ctx.kernel_size
+    )
 
 
 def _projection_gradients(ctx: Any, grad_maps: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:

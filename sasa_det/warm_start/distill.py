@@ -239,7 +239,6 @@ def _hooked(layers: list[_Layer], use: Callable[[_Layer, Tensor, Tensor], None])
 
         return look
 
-    # First, as a layer's own hook may run its norm.
     sources = {layer.input_from for layer in layers if layer.input_from is not None}
     handles = [module.register_forward_hook(keep) for module in sources]
     handles += [layer.teacher.register_forward_hook(hook(layer)) for layer in layers]

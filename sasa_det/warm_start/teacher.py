@@ -1,6 +1,7 @@
 """The convolutional model that a checkpoint describes."""
 
 import dataclasses
+import re
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -42,6 +43,8 @@ def build_teacher(source: Source, cfg: CfgNode) -> tuple[nn.Module, set[str]]:
         if isinstance(module, BottleneckBlock) and module.stride > 1 and stride_in_1x1:
             # The same function, but the convolution gets the full resolution, as attention does.
             module.conv2.dilation = module.conv2.padding = (2, 2)
+    if any(name.startswith("head.") for name in source.tensors):
+        _check_towers([*conversion.new, *conversion.unused])
     new = {name.rpartition(".")[0] for name in conversion.new}
     known = {
         name
@@ -49,3 +52,14 @@ def build_teacher(source: Source, cfg: CfgNode) -> tuple[nn.Module, set[str]]:
         if not any(f"{other}.".startswith(f"{name}.") for other in new)
     }
     return teacher, known
+
+
+def _check_towers(odd: list[str]) -> None:
+    """Towers that are half the checkpoint's and half random teach nothing."""
+    in_towers = [name for name in odd if re.match(r"head\.(cls|bbox)_subnet\.", name)]
+    if in_towers:
+        raise ValueError(
+            f"The checkpoint's head has other towers than the config's: {', '.join(in_towers[:3])} "
+            "is in one of them only; set MODEL.RETINANET.NORM and NUM_CONVS to the checkpoint's, "
+            "or add --only-resnet."
+        )

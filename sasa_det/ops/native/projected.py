@@ -16,8 +16,8 @@ def refuses(call: ProjectedCall) -> str | None:
             return "it projects in float32, on one device"
     fits = x.dim() == weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
     fits = fits and weight.shape[0] % 3 == 0 and (bias is None or bias.shape == weight.shape[:1])
-    if not fits:
-        return "the shapes of x, weight and bias do not fit together"
+    if not fits or call.num_heads < 1 or call.kernel_size < 1:
+        return "the shapes of x, weight and bias do not fit together, or not with heads and window"
     if number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size) > 1:
         return "with fewer heads and images than threads it projects some rows twice"
     return library.refuses(x)
