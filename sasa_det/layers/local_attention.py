@@ -112,10 +112,11 @@ class PreActivationSelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        # A group norm costs less to compute again than its output takes memory until the backward.
-        recomputes = isinstance(self.norm, nn.GroupNorm) and torch.is_grad_enabled()
-        if not recomputes or torch.compiler.is_compiling():
+        if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
             return x + self.attention(F.relu(normed))
+        # A group norm costs less to compute again than its output takes memory until the backward.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return x + self.attention(F.relu_(normed))
         kept = x.detach()  # which the norm keeps anyway
         # Not the tensor, which the closure would keep alive.
         address, shape = normed.data_ptr(), normed.shape

@@ -109,8 +109,9 @@ class AttentionBottleneckBlock(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.conv1(x))
-        # Not in place: without a norm this is what the attention keeps for its backward.
-        out = F.relu(self.attend(out))
+        out = self.attend(out)
+        # What the attention returned may be what it keeps for its backward; a sum is not.
+        out = F.relu_(out) if self.residual else F.relu(out)
         out = self.conv3(out)
         out += x if self.shortcut is None else self.shortcut(x)
         return F.relu_(out)
