@@ -60,7 +60,7 @@ def _panels(table: Table) -> list[tuple[Table, list[Point], str]]:
             points, title = [*published, *measured], f"{title}; {ours}"
         panels.append((table, points, title))
     if measured and not (panels and table.comparable):
-        panels.append((table, measured, f"{table.title}: {ours}"))
+        panels.append((table, measured, f"{table.title.split(':')[0]}: {ours}"))
     return panels
 
 
