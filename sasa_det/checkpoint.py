@@ -7,7 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-_SHOWN_MISMATCHES = 3
+SHOWN_MISMATCHES = 3
 
 
 def check_weights(path: str, cfg: CfgNode) -> None:
@@ -31,7 +31,7 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     with torch.device("meta"):
         ours = _shapes(build_backbone(cfg).state_dict())
     mismatches = [
-        f"{name} is {_text(theirs[name])} there and {_text(shape)} in the model"
+        shape_mismatch(name, theirs[name], shape)
         for name, shape in ours.items()
         if theirs.get(name, shape) != shape
     ]
@@ -45,7 +45,7 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     if mismatches:
         raise ValueError(
             f"The checkpoint {path!r} of MODEL.WEIGHTS is of another depth, width or window than "
-            f"the config's backbone: {'; '.join(mismatches[:_SHOWN_MISMATCHES])}; set "
+            f"the config's backbone: {'; '.join(mismatches[:SHOWN_MISMATCHES])}; set "
             "MODEL.RESNETS and MODEL.SASA to what it was trained with."
         )
 
@@ -66,5 +66,7 @@ def _blocks(shapes: dict[str, torch.Size]) -> list[str]:
     return list(dict.fromkeys(match[0] for match in matches if match))
 
 
-def _text(shape: torch.Size) -> str:
-    return "x".join(map(str, shape)) or "a number"
+def shape_mismatch(name: str, theirs: torch.Size, ours: torch.Size) -> str:
+    """Of a tensor in a checkpoint and in the model, in words."""
+    there, here = ("x".join(map(str, shape)) or "a number" for shape in (theirs, ours))
+    return f"{name} is {there} there and {here} in the model"

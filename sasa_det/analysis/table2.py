@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from tabulate import tabulate
 
 from sasa_det.engine import AP_NAMES
 
-from .flops import ModelCost, count_detector
+from .flops import ModelCost
 from .paper import FPN_ROW, TABLE_2
-from .report import NOT_MEASURED
+from .report import NOT_MEASURED, markdown_table
+from .reproduction import count_config
 
 # (heads, backbone) of each row, at whatever depth; the last is beyond the paper.
 ROWS = {row.config: (row.heads, row.backbone.removesuffix(" ResNet-50")) for row in TABLE_2}
@@ -38,13 +37,8 @@ class RowResult(NamedTuple):
 
 
 def count_as_tested(cfg: CfgNode) -> ModelCost:
-    """On a square of INPUT.MIN_SIZE_TEST pixels, rounded up to a size that the FPN can halve."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    multiple = max(model.backbone.size_divisibility, 1)
-    return count_detector(model, -(-cfg.INPUT.MIN_SIZE_TEST // multiple) * multiple).total
+    """On a square of INPUT.MIN_SIZE_TEST pixels."""
+    return count_config(cfg, cfg.INPUT.MIN_SIZE_TEST).cost
 
 
 def as_markdown(results: Sequence[RowResult]) -> str:
@@ -62,8 +56,7 @@ def as_markdown(results: Sequence[RowResult]) -> str:
                 *(cell(result.values(name)) for name in AP_NAMES),
             ]
         )
-    alignment = ("left",) * 3 + ("right",) * (len(headers) - 3)
-    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+    return markdown_table(lines, headers, text_columns=3)
 
 
 def as_data(results: Sequence[RowResult]) -> list[dict[str, Any]]:

@@ -12,12 +12,11 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from sasa_det.checkpoint import SHOWN_MISMATCHES, shape_mismatch
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.modeling import AttentionBottleneckBlock, AttentionStem
 
 from .checkpoints import Pixels, Source, is_resnet_name
-
-_SHOWN_MISMATCHES = 3
 
 
 @dataclasses.dataclass
@@ -99,8 +98,7 @@ def convert(model: nn.Module, source: Source, cfg: CfgNode) -> Conversion:
             if name.startswith(root) and not name.endswith("num_batches_tracked"):
                 mismatches.append(f"{name} is not in the checkpoint")
         elif theirs[their_name].shape != tensor.shape:
-            shapes = [_shape(theirs[their_name]), _shape(tensor)]
-            mismatches.append("{} is {} there and {} in the model".format(name, *shapes))
+            mismatches.append(shape_mismatch(name, theirs[their_name].shape, tensor.shape))
         else:
             filled[name] = their_name
     used = set(filled.values())
@@ -130,8 +128,8 @@ def resnet_root(model: nn.Module) -> str:
 
 def _check(mismatches: list[str]) -> None:
     if mismatches:
-        shown = "; ".join(mismatches[:_SHOWN_MISMATCHES])
-        rest = len(mismatches) - _SHOWN_MISMATCHES
+        shown = "; ".join(mismatches[:SHOWN_MISMATCHES])
+        rest = len(mismatches) - SHOWN_MISMATCHES
         more = f"; and {rest} more" if rest > 0 else ""
         raise ValueError(
             f"The checkpoint is of another depth, width, norm or head than the config: {shown}"
@@ -207,10 +205,6 @@ def _has_a_place(name: str, root: str, model: nn.Module) -> bool:
     if index >= len(stage):
         return True
     return not (isinstance(stage[index], AttentionBottleneckBlock) and layer[1] == "conv2")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _part_and_layer(name: str) -> tuple[str, str]:
