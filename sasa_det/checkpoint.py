@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -18,13 +19,18 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     stages that attend instead. Only local .pth files are looked into.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: with the first three mismatches.
     """
+    if not path or "://" in path:
+        return
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
     if not path.endswith(".pth"):
         return
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
+    except (EOFError, pickle.UnpicklingError, RuntimeError):
         return  # which detectron2 will say more about
     tensors = content.get("model", content)
     theirs = _shapes({name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)})
