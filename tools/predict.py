@@ -49,8 +49,8 @@ try:
     from detectron2.utils.visualizer import Visualizer
 except ModuleNotFoundError as missing:
     sys.exit(
-        f"error: detectron2 draws with OpenCV, but there is no {missing.name}; install it with: "
-        "pip install opencv-python-headless"
+        f"error: detectron2 draws with {missing.name}, which is not installed; "
+        "pip install opencv-python-headless matplotlib"
     )
 
 

@@ -87,7 +87,8 @@ def _draw_view(cells: Sequence[Any], picture: np.ndarray, view: View, strongest:
     first.imshow(picture)
     if point.box is not None:
         draw_box(first, point.box, point.label)
-    _outline(first, crop if crop != whole(picture.shape[:2]) else window.extent)
+    if crop != whole(picture.shape[:2]):
+        _outline(first, crop, "white", 1)
     first.plot(point.x, point.y, "+", color=MARK, markersize=8, markeredgewidth=1.6)
     first.set_xlim(0, picture.shape[1])
     first.set_ylim(picture.shape[0], 0)
@@ -113,25 +114,27 @@ def draw_window(
     # The picture shows through where little is looked at.
     heat = {"cmap": HEAT, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
     axis.imshow(strength, extent=extent, alpha=0.9 * np.sqrt(strength), **heat)
-    _outline(axis, extent)
+    _outline(axis, extent, MARK, 0.8)
     axis.set_xlim(0, width)
     axis.set_ylim(height, 0)
 
 
 def draw_box(axis: Any, box: Sequence[float], label: str) -> None:
-    """A detection (left, top, right, bottom) with its label."""
+    """A detection (left, top, right, bottom) with its label, on a picture that is drawn already."""
     left, top, right, bottom = box
-    _outline(axis, (left, right, bottom, top), linewidth=1.5)
+    _outline(axis, (left, right, bottom, top), MARK, 1.5)
     style = {"facecolor": MARK, "edgecolor": "none", "pad": 1}
-    axis.text(left, top, label, fontsize=7, va="bottom", bbox=style, clip_on=True)
+    at_the_top = top < 0.12 * max(axis.get_ylim())
+    side = "top" if at_the_top else "bottom"  # of the label, which is to stay on the picture
+    axis.text(left, top, label, fontsize=7, va=side, bbox=style, clip_on=True)
 
 
-def _outline(axis: Any, extent: Extent, linewidth: float = 0.8) -> None:
+def _outline(axis: Any, extent: Extent, colour: str, width: float) -> None:
     from matplotlib.patches import Rectangle
 
     left, right, bottom, top = extent
-    frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=MARK)
-    frame.set_linewidth(linewidth)
+    frame = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour)
+    frame.set_linewidth(width)
     axis.add_patch(frame)
 
 
