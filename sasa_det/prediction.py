@@ -137,9 +137,12 @@ def find_pictures(where: Sequence[str]) -> list[str]:
 
 
 def output_names(paths: Sequence[str]) -> dict[str, str]:
-    """For each path a relative one that no other has, below the folder that all are in."""
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names = {path: os.path.relpath(path, root) for path in paths}
+    """For each path one that no other has: its file name, or where two have the same, that and
+    the folders in which they differ."""
+    names = {path: os.path.basename(path) for path in paths}
+    if len(set(names.values())) < len(paths):
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        names = {path: os.path.relpath(path, root) for path in paths}
     return {
         path: name if name.lower().endswith(PICTURE_SUFFIXES) else f"{name}.jpg"
         for path, name in names.items()

@@ -187,19 +187,19 @@ def test_classes_without_names_are_numbers(predict, untrained_demo, digits, tmp_
 
 
 def test_images_are_found_once_and_drawn_under_names_of_their_own(tmp_path, monkeypatch):
-    for name in ("a/1.jpg", "b/1.JPG", "b/2.gif", "b/notes.txt"):
+    for name in ("a/1.jpg", "b/1.jpg", "b/2.gif", "b/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     paths = find_pictures(["a", str(tmp_path / "a"), "b", "b/*.gif"])
     assert output_names(paths) == {
         str(tmp_path / "a" / "1.jpg"): "a/1.jpg",
-        "b/1.JPG": "b/1.JPG",
+        "b/1.jpg": "b/1.jpg",
         "b/2.gif": "b/2.gif.jpg",
     }
-    assert output_names(["a/1.jpg"]) == {"a/1.jpg": "1.jpg"}
+    assert output_names(["a/1.jpg", "b/2.JPG"]) == {"a/1.jpg": "1.jpg", "b/2.JPG": "2.JPG"}
     assert image_ids(paths, None) == {path: i for i, path in enumerate(paths, start=1)}
-    annotations = {"images": [{"file_name": "b/1.JPG", "id": 5}, {"file_name": "1.jpg", "id": 6}]}
+    annotations = {"images": [{"file_name": "b/1.jpg", "id": 5}, {"file_name": "1.jpg", "id": 6}]}
     assert image_ids(paths[:2], annotations) == {paths[0]: 6, paths[1]: 5}
 
 
