@@ -4,6 +4,7 @@ The pages are run as they are read, in one folder: later ones use what earlier o
 the project's tools, configs with fewer channels and steps, and some pictures of its own.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -192,3 +193,17 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", text):
             if "://" not in target:
                 assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_reference_has_every_public_name_with_its_docstring(folder):
+    told = subprocess.run(
+        ["make", "-n", "api", "-o", ".venv/.built"], cwd=ROOT, capture_output=True, text=True
+    )
+    command = told.stdout.replace("\\\n", " ").split()
+    run = run_tool(*command[command.index("-m") :], folder=folder)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for package in ("ops", "layers", "modeling", "data", "analysis"):
+        page = (folder / "output" / "api" / "sasa_det" / f"{package}.html").read_text()
+        for name in importlib.import_module(f"sasa_det.{package}").__all__:
+            section = page[page.index(f'<section id="{name}"') :].split("</section>")[0]
+            assert 'class="docstring"' in section, f"sasa_det.{package}.{name}"
