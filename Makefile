@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DETECTRON2_DATASETS ?= datasets
 
-.PHONY: demo test lint api clean
+.PHONY: demo test test-all lint api clean
 
 demo: .venv/.built  ## train a small attention detector on the built-in dataset, and draw what it sees
 	$(BIN)/python tools/demo.py
 
 test: .venv/.built  ## all tests
 	$(BIN)/python -m pytest
+
+test-all: .venv/.built  ## the slow ones too, and ten times as many drawn cases
+	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile long
 
 lint: .venv/.built  ## style and types
 	$(BIN)/ruff check .
