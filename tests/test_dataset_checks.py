@@ -10,7 +10,7 @@ import pytest
 import sasa_det  # noqa: F401
 
 # isort: split
-from conftest import CONFIGS
+from conftest import CONFIGS, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from pycocotools.coco import COCO
@@ -18,11 +18,18 @@ from pycocotools.cocoeval import COCOeval
 from test_training import train_net
 
 from sasa_det.config import load_config
-from sasa_det.data import build_train_mapper, check_config_datasets
+from sasa_det.data import (
+    annotation_checks,
+    annotation_file,
+    box_checks,
+    build_train_mapper,
+    check_config_datasets,
+    image_checks,
+)
 from sasa_det.data.annotation_checks import check_annotations
 from sasa_det.data.annotation_file import AnnotationFile
 from sasa_det.data.digits import generate_digits
-from sasa_det.data.findings import Use
+from sasa_det.data.findings import Kind, Use
 
 TRAINING, EVALUATION = Use(training=True), Use(training=False)
 MASKS = Use(mask_format="polygon")
@@ -448,3 +455,16 @@ def test_what_is_not_cocos_is_left_to_who_registered_it(tmp_path):
     overrides = ["DATASETS.TRAIN", "('panoptic',)", "DATASETS.TEST", "()"]
     cfg = load_config(str(CONFIGS / "demo.yaml"), overrides)
     assert check_config_datasets(cfg, training=True) == []
+
+
+def test_the_documentation_lists_each_fault_with_what_becomes_of_it():
+    modules = (annotation_file, annotation_checks, box_checks, image_checks)
+    kinds = [k for module in modules for k in vars(module).values() if isinstance(k, Kind)]
+    lines = (ROOT / "docs" / "dataset.md").read_text().splitlines()
+    assert len(kinds) > 30
+    for kind in kinds:
+        training, evaluation = (
+            f"{effect.severity}: {effect.text}" if effect else "fine"
+            for effect in (kind.training, kind.evaluation)
+        )
+        assert f"| {kind.name} | {training} | {evaluation} |" in lines

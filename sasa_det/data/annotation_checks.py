@@ -8,7 +8,7 @@ import numpy as np
 
 from .annotation_file import AnnotationFile, shortened
 from .box_checks import BOX_CHECKS
-from .findings import ERROR, NOTE, WARNING, Effect, Finding, Kind, Use
+from .findings import ERROR, NOTE, WARNING, Effect, Finding, Kind, Use, printable
 
 _STOPS = Effect(ERROR, "stops when it comes to it")
 _DOES_NOT_START = Effect(ERROR, "stops before the first image")
@@ -136,7 +136,7 @@ def zero_ids(data: AnnotationFile, use: Use) -> Iterator[Finding]:
 
 
 def annotations_of_no_image(data: AnnotationFile, use: Use) -> Iterator[Finding]:
-    for index in np.flatnonzero(data.image_of < 0):
+    for index in np.flatnonzero(data.image_of < 0).tolist():
         message = "belongs to an image that is not in the file"
         yield data.annotation_finding(UNKNOWN_IMAGE, index, message)
 
@@ -180,7 +180,7 @@ def images_without_objects(data: AnnotationFile, use: Use) -> Iterator[Finding]:
         message = f"has no annotation of an object among {len(data.annotations)}"
         yield Finding(NOTHING_TO_LEARN, data.path, "the dataset", message)
         return
-    for index in np.flatnonzero(objects == 0):
+    for index in np.flatnonzero(objects == 0).tolist():
         kind = CROWD_ONLY if annotations[index] else NO_OBJECT
         message = "has crowds only" if annotations[index] else "has no annotations"
         yield data.image_finding(kind, data.images[index], message)
@@ -232,7 +232,9 @@ def describe(data: AnnotationFile) -> str:
     small, medium = (areas < 32**2) & ~crowds, (areas >= 32**2) & (areas < 96**2) & ~crowds
     large = len(areas) - crowds.sum() - small.sum() - medium.sum()
     used = Counter(annotation["category_id"] for annotation in data.annotations)
-    unused = [str(name) for number, name in data.categories.items() if number not in used]
+    unused = [
+        printable(str(name)) for number, name in data.categories.items() if number not in used
+    ]
     lines = [
         f"{data.path}: {len(data.images):,} images, {len(areas):,} boxes "
         f"({small.sum():,} small, {medium.sum():,} medium, {large:,} large, {crowds.sum():,} "

@@ -12,9 +12,11 @@ import numpy as np
 
 from .findings import ERROR, Effect, Finding, Kind
 
-_STOPS = Effect(ERROR, "stops before the first image")
+_STOPS = Effect(ERROR, "stops before the first image, or when it comes to it")
 INCOMPLETE_IMAGE = Kind("incomplete image record", _STOPS, _STOPS)
-INCOMPLETE_ANNOTATION = Kind("incomplete annotation", _STOPS, _STOPS)
+INCOMPLETE_ANNOTATION = Kind(
+    "incomplete annotation", _STOPS, Effect(ERROR, "stops, or counts the object as never found")
+)
 DUPLICATE_CATEGORY = Kind(
     "category id used twice",
     Effect(ERROR, "numbers the classes with gaps"),
@@ -137,9 +139,9 @@ def _read(path: str) -> dict[str, Any]:
         ) from None
     except (ValueError, RecursionError) as error:  # no text, or numbers of thousands of digits
         raise ValueError(f"The annotation file {path!r} is not JSON ({error}).") from None
-    fault = _structure_fault(content)
-    if fault:
-        raise ValueError(f"The annotation file {path!r} {fault}.")
+    other = _structure_fault(content)
+    if other:
+        raise ValueError(f"The annotation file {path!r} {other}.")
     return content
 
 

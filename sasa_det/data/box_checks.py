@@ -75,7 +75,7 @@ def faulty_boxes(data: AnnotationFile, use: Use) -> Iterator[Finding]:
     )
     known = np.zeros(len(data.boxes), dtype=bool)
     for kind, has_it, words in faults:
-        for index in np.flatnonzero(has_it & ~known):
+        for index in np.flatnonzero(has_it & ~known).tolist():
             image = data.sizes[data.image_of[index]] if data.image_of[index] >= 0 else (0, 0)
             described = words.format("{:.0f}x{:.0f}".format(*image))
             box = data.annotations[index]["bbox"]

@@ -45,7 +45,12 @@ class Finding(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.record} {self.message}"
+        return f"{printable(self.file)}: {self.record} {self.message}"
+
+
+def printable(text: str) -> str:
+    """A name from an annotation file does not get to steer the terminal."""
+    return text if text.isprintable() else repr(text)
 
 
 def registered_classes(dataset: str) -> tuple[str, ...]:
