@@ -117,7 +117,10 @@ def _transparency_fault(image: Image.Image) -> _Fault:
 
 
 def _checksum_fault(path: str) -> _Fault:
-    """PNG has checksums, which Pillow does not look at when it reads the pixels."""
+    """detectron2 swallows what Pillow says of a broken PNG, and goes on with what was read by then.
+
+    It does so where it asks for the EXIF orientation, which a PNG may have behind its pixels.
+    """
     with Image.open(path) as image:
         try:
             image.verify()
