@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from sasa_det.compat import has_compiled_operators
-from sasa_det.data import build_train_mapper
+from sasa_det.data import build_test_mapper, build_train_mapper, garbage_collection_off
 from sasa_det.layers import LocalSelfAttention2d, attention_layers, record_attention
 from sasa_det.optimizer import optimizer_params
 
@@ -33,7 +33,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+        with garbage_collection_off():  # the annotations of COCO load in half the time
+            return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
-from detectron2.data.detection_utils import build_augmentation
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
-from PIL import Image
 from torch import nn
 
 from sasa_det.checkpoint import check_weights, shape_mismatch
@@ -86,32 +84,6 @@ class _WholeCheckpointer(DetectionCheckpointer):
                 "config it was trained with."
             )
         return incompatible
-
-
-def build_mapper(cfg: CfgNode) -> DatasetMapper:
-    """From {"file_name": ...} to what the model takes, as in detectron2's evaluation."""
-    return DatasetMapper(
-        is_train=False,
-        augmentations=build_augmentation(cfg, is_train=False),
-        image_format=cfg.INPUT.FORMAT,
-    )
-
-
-def read_sample(mapper: DatasetMapper, path: str) -> dict[str, Any]:
-    """One image as a detectron2 model takes it, turned as its EXIF data say.
-
-    Returns:
-        dict: "image", Tensor[3, H, W] as the model wants it scaled, and "height" and "width" of the
-        image in the file.
-
-    Raises:
-        ValueError: if the image cannot be read.
-    """
-    try:
-        return mapper({"file_name": path})
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
-        raise ValueError(f"The image {path!r} cannot be read: {reason}.") from error
 
 
 def find_pictures(where: Sequence[str]) -> list[str]:

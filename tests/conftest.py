@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
+from hypothesis import settings
 
 from sasa_det.ops import available_backends, use_backend
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 # A slice of real COCO in detectron2's layout; users do not have it.
 COCO_SLICE = ROOT.parent / "shared" / "data"
 
 # The built-in dataset is generated once, for the demo and for the tests.
 os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
+
+# The same cases each time, unless `--hypothesis-profile long` asks for many new ones.
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.register_profile("short", max_examples=200, deadline=None, derandomize=True)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +32,7 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def run_tool(monkeypatch, capsys) -> Callable[..., tuple[str | int | None, str]]:
+def call_tool(monkeypatch, capsys) -> Callable[..., tuple[str | int | None, str]]:
     """Calls a script of tools/ in this process; what it exits with, and what it printed."""
 
     def run(name: str, *arguments: object) -> tuple[str | int | None, str]:

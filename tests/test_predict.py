@@ -41,9 +41,9 @@ TURNED_LEFT = 6  # as a camera held upright writes it
 
 
 @pytest.fixture
-def predict(run_tool):
+def predict(call_tool):
     pytest.importorskip("cv2", reason="detectron2 draws with OpenCV, which is not installed")
-    return partial(run_tool, "predict.py")
+    return partial(call_tool, "predict.py")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def photos(digits, tmp_path_factory):
 def test_it_draws_and_writes_all_but_the_broken_one(predict, untrained_demo, photos, tmp_path):
     code, printed = predict(photos, "--output", tmp_path / "out", *untrained_demo)
     broken = str(photos / "broken.jpg")
-    assert code == f"error: 1 of the images could not be read: {broken}"
-    assert f"The image {broken!r} cannot be read" in printed
+    assert code == f"error: 1 of the images could not be used: {broken}"
+    assert f"The image {broken!r} cannot be used" in printed
     assert "3/3" in printed  # the progress
     out = tmp_path / "out"
     names = {"a.png", "b.jpg", "images.json", "results.json"}
@@ -249,8 +249,8 @@ def test_a_mistake_is_answered_in_one_sentence(
     assert {path: path.read_bytes() for path in (digits / "val").iterdir()} == before
 
 
-def test_without_opencv_it_says_what_to_install(run_tool, untrained_demo, digits, monkeypatch):
+def test_without_opencv_it_says_what_to_install(call_tool, untrained_demo, digits, monkeypatch):
     monkeypatch.delitem(sys.modules, "detectron2.utils.visualizer", raising=False)
     monkeypatch.setitem(sys.modules, "cv2", None)
-    code, _ = run_tool("predict.py", digits / "val", *untrained_demo)
+    code, _ = call_tool("predict.py", digits / "val", *untrained_demo)
     assert code.startswith("error: detectron2 draws with cv2, which is not installed; pip install")

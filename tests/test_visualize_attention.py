@@ -144,9 +144,9 @@ def test_a_small_window_is_shown_with_its_surroundings_and_a_large_one_on_the_wh
 
 
 def test_three_pages_are_drawn_of_the_centres_of_the_detections(
-    run_tool, untrained_demo, digits, tmp_path
+    call_tool, untrained_demo, digits, tmp_path
 ):
-    code, printed = run_tool(
+    code, printed = call_tool(
         *("visualize_attention.py", digits / "val" / "000001.jpg", "--output", tmp_path),
         *untrained_demo,
     )
@@ -160,12 +160,12 @@ def test_three_pages_are_drawn_of_the_centres_of_the_detections(
 
 
 def test_the_stem_before_and_after_training_on_a_real_photograph(
-    run_tool, untrained_demo, coco_slice, tmp_path
+    call_tool, untrained_demo, coco_slice, tmp_path
 ):
     photo = coco_slice / "coco" / "val2017" / "000000208901.jpg"
     stem = ["--layer", "backbone.bottom_up.stem.attention"]
     options = ["--points", "639,426", "--before-training", "--output", tmp_path, *stem]
-    code, _ = run_tool("visualize_attention.py", photo, *options, *untrained_demo)
+    code, _ = call_tool("visualize_attention.py", photo, *options, *untrained_demo)
     assert code is None
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -200,8 +200,8 @@ def test_every_attention_layer_of_the_detector_is_seen_and_the_detections_stay(u
 @pytest.mark.parametrize(
     ("images", "options", "sentence"),
     [
-        (["none.jpg"], [], "The image 'none.jpg' cannot be read: it does not exist."),
-        (["{broken}"], [], "broken.jpg' cannot be read: "),
+        (["none.jpg"], [], "The image 'none.jpg' cannot be used: [Errno 2] No such file"),
+        (["{broken}"], [], "broken.jpg' cannot be used: "),
         (["{image}", "{broken}"], [], "one image is looked at, but 2 are given"),
         (
             ["{image}"],
@@ -219,12 +219,12 @@ def test_every_attention_layer_of_the_detector_is_seen_and_the_detections_stay(u
     ids=["image", "broken", "two", "outside", "point", "layer", "level"],
 )
 def test_a_mistake_is_answered_in_one_sentence(
-    run_tool, untrained_demo, digits, tmp_path, images, options, sentence
+    call_tool, untrained_demo, digits, tmp_path, images, options, sentence
 ):
     image, broken = digits / "val" / "000001.jpg", tmp_path / "broken.jpg"
     broken.write_bytes(image.read_bytes()[:700])
     images = [name.format(image=image, broken=broken) for name in images]
-    code, printed = run_tool("visualize_attention.py", *images, *options, *untrained_demo)
+    code, printed = call_tool("visualize_attention.py", *images, *options, *untrained_demo)
     assert sentence in (printed if code == 2 else code)
     assert "Traceback" not in printed
 
@@ -247,12 +247,12 @@ def test_a_mistake_is_answered_in_one_sentence(
     ids=["missing", "none", "unreadable", "depth", "head", "classes", "nothing"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
-    run_tool, untrained_demo, digits, tmp_path, key, value, sentence
+    call_tool, untrained_demo, digits, tmp_path, key, value, sentence
 ):
     text = tmp_path / "text.pth"
     text.write_text("not a checkpoint")
     image = digits / "val" / "000001.jpg"
     override = [key, value.format(text=text)]
-    code, printed = run_tool("visualize_attention.py", image, *untrained_demo, *override)
+    code, printed = call_tool("visualize_attention.py", image, *untrained_demo, *override)
     assert sentence in code
     assert "Traceback" not in printed

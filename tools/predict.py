@@ -31,8 +31,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from PIL import Image
 
+from sasa_det.data import build_test_mapper
 from sasa_det.prediction import (
-    build_mapper,
     categories_of,
     find_pictures,
     image_ids,
@@ -41,7 +41,6 @@ from sasa_det.prediction import (
     output_names,
     prediction_config,
     read_annotations,
-    read_sample,
     split_overrides,
 )
 
@@ -55,7 +54,7 @@ except ModuleNotFoundError as missing:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> list[str]:
-    """The paths of the images that could not be read."""
+    """The paths of the images that could not be used."""
     cfg = prediction_config(args.config, overrides)
     paths = find_pictures(args.images)
     output = Path(args.output)
@@ -66,12 +65,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> list[str]:
     ids = image_ids(paths, annotations)
     metadata = load_metadata(cfg, annotations)
     predictions = Predictions(metadata)
-    model, mapper = load_model(cfg), build_mapper(cfg)
+    model, mapper = load_model(cfg), build_test_mapper(cfg)
     failed = []
     try:
         for path in tqdm(paths, unit="image"):
             try:
-                sample = read_sample(mapper, path)
+                sample = mapper({"file_name": path})
             except ValueError as error:
                 tqdm.write(f"error: {error}", file=sys.stderr)
                 failed.append(path)
@@ -176,4 +175,4 @@ if __name__ == "__main__":
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if unread:
-        sys.exit(f"error: {len(unread)} of the images could not be read: {', '.join(unread)}")
+        sys.exit(f"error: {len(unread)} of the images could not be used: {', '.join(unread)}")

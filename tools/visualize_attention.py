@@ -38,14 +38,13 @@ from sasa_det.analysis.attention_figures import (
     draw_heads,
     draw_layers,
 )
+from sasa_det.data import build_test_mapper
 from sasa_det.layers import attention_layers
 from sasa_det.prediction import (
-    build_mapper,
     class_label,
     load_metadata,
     load_model,
     prediction_config,
-    read_sample,
     split_overrides,
 )
 
@@ -54,7 +53,7 @@ NUM_DETECTIONS = 3
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     cfg = prediction_config(args.config, overrides)
-    sample = read_sample(build_mapper(cfg), args.image)
+    sample = build_test_mapper(cfg)({"file_name": args.image})
     points = [parse_point(text, sample["width"], sample["height"]) for text in args.points]
     model = load_model(cfg)
     layer = args.layer or default_layer(model)

@@ -1,8 +1,34 @@
-"""The augmentation for training: random scale, a square cut, a flip."""
+"""From a record of a dataset to what a model is given; the augmentation for training."""
+
+from typing import Any
 
 import detectron2.data.transforms as T
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+
+
+class RecordMapper(DatasetMapper):
+    """detectron2's mapper, whose errors name the image.
+
+    Raises:
+        ValueError: for whatever is wrong with the image's file or its record.
+    """
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(dataset_dict)
+        except Exception as error:  # Pillow alone has half a dozen classes for a broken file
+            record = (
+                f" (image_id {dataset_dict['image_id']!r})" if "image_id" in dataset_dict else ""
+            )
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"The image {dataset_dict['file_name']!r}{record} cannot be used: {reason}"
+            ) from error
+
+
+def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    return RecordMapper(cfg, is_train=False)
 
 
 def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
@@ -12,7 +38,7 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
     a random place or padded at the bottom right to ``IMAGE_SIZE`` pixels each way.
     """
     if not cfg.INPUT.IMAGE_SIZE:
-        return DatasetMapper(cfg, is_train=True)
+        return RecordMapper(cfg, is_train=True)
     size = cfg.INPUT.IMAGE_SIZE
     augmentations = [
         T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size),
@@ -25,4 +51,4 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
                 vertical=cfg.INPUT.RANDOM_FLIP == "vertical",
             )
         )
-    return DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    return RecordMapper(cfg, is_train=True, augmentations=augmentations)
