@@ -8,14 +8,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sasa_det.data import build_train_mapper
-from sasa_det.evaluation import RESULTS_FILE, BoxEvaluator, write_results
+from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.optimizer import optimizer_params
 
@@ -59,8 +59,8 @@ class Trainer(DefaultTrainer):
         return [*hooks[:-1], AttentionEntropy(), *hooks[-1:]]
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return BoxEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> OrderedDict:
