@@ -1,6 +1,8 @@
 """Training and evaluation: detectron2's trainer with our data, optimiser and evaluator."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,10 @@ class Trainer(DefaultTrainer):
         hooks = super().build_hooks()
         return [*hooks[:-1], AttentionEntropy(), *hooks[-1:]]
 
+    def train(self) -> Any:
+        with remedy_for_out_of_memory():
+            return super().train()
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
@@ -110,3 +116,17 @@ class AttentionEntropy(HookBase):
         if module not in self._entropies:
             weights = module.attention_weights(inputs[0][:1])
             self._entropies[module] = float(torch.special.entr(weights).sum(dim=2).mean())
+
+
+@contextmanager
+def remedy_for_out_of_memory() -> Iterator[None]:
+    """Puts the keys that save memory in front of the message of torch's out-of-memory errors."""
+    try:
+        yield
+    except RuntimeError as error:  # of CUDA, and of the CPU's allocator
+        if not isinstance(error, torch.OutOfMemoryError) and "t allocate memory" not in str(error):
+            raise
+        raise type(error)(
+            "Out of memory: set MODEL.SASA.ACTIVATION_CHECKPOINTING to True, or lower "
+            f"SOLVER.IMS_PER_BATCH or the size of the images. ({error})"
+        ) from error

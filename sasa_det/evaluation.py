@@ -98,9 +98,9 @@ class InstanceEvaluator(COCOEvaluator):
 
 
 def write_results(results: dict[str, dict], path: Path) -> None:
-    """Writes {dataset: {"bbox": {"AP": ..., ...}}} as JSON; what COCO cannot compute is null.
+    """Writes {dataset: {"bbox": {"AP": ..., ...}}} as JSON; what cannot be computed is null.
 
-    Beside "bbox" stand "segm", "keypoints", "sem_seg" and "panoptic_seg", where they were evaluated.
+    Beside "bbox" stand "segm", "keypoints", "sem_seg" and "panoptic_seg" where they are evaluated.
     """
 
     def clean(value: Any) -> Any:

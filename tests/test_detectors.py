@@ -1,15 +1,12 @@
 """detectron2's detectors on the attention backbones: they build, train and detect."""
 
-import logging
-
 import pytest
 import torch
 
-import sasa_det
+import sasa_det  # noqa: F401
 
 # isort: split
 from conftest import CONFIGS
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -71,9 +68,7 @@ DETECTORS = {
 
 def small(config, overrides=()):
     pairs = {**SMALL, **dict(overrides)}.items()
-    return load_config(
-        str(CONFIGS / f"{config}.yaml"), [str(x) for pair in pairs for x in pair]
-    )
+    return load_config(str(CONFIGS / f"{config}.yaml"), [str(x) for pair in pairs for x in pair])
 
 
 def a_sample(height, width):

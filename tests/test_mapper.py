@@ -3,7 +3,6 @@
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-import torch
 
 import sasa_det  # noqa: F401
 

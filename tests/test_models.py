@@ -232,13 +232,6 @@ def test_position_embeddings_do_not_decay():
             assert decay[id(parameter)] > 0, name
 
 
-def test_a_config_without_our_keys_says_which_call_is_missing():
-    cfg = get_cfg()
-    cfg.MODEL.BACKBONE.NAME = "build_sasa_resnet_backbone"
-    with pytest.raises(ValueError, match=r"call sasa_det.add_sasa_config\(cfg\)"):
-        build_backbone(cfg, ShapeSpec(channels=3))
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
