@@ -63,7 +63,7 @@ def fill_gaps() -> None:
 
 
 def _official_evaluation() -> ModuleType:
-    """COCO's own evaluation for the compiled one: what later versions of detectron2 fall back to."""
+    """COCO's evaluation for the compiled one, as later versions of detectron2 fall back to it."""
     from pycocotools.cocoeval import COCOeval
 
     module = ModuleType("detectron2.evaluation.fast_eval_api")

@@ -1,12 +1,16 @@
 """detectron2's detectors on the attention backbones: they build, train and detect."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-import sasa_det  # noqa: F401
+import sasa_det
 
 # isort: split
 from conftest import CONFIGS
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -113,3 +117,38 @@ def test_a_detector_trains_all_its_parameters_and_detects(name):
     if name == "Panoptic FPN":
         assert output["sem_seg"].shape == (NUM_STUFF_CLASSES, 150, 180)
         assert output["panoptic_seg"][0].shape == (150, 180)
+
+
+def zoo_configs():
+    """Those of detectron2's own configs that have a ResNet; the package on PyPI lacks them."""
+    folder = Path(model_zoo.__file__).parent / "configs"
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.glob("COCO-*/*.yaml")))
+    return [name for name in names if "Base-" not in name] or ["none"]
+
+
+@pytest.mark.parametrize("name", zoo_configs())
+def test_detectron2s_own_configs_build_with_only_the_backbones_name_changed(name):
+    if name == "none":
+        pytest.skip("this installation of detectron2 has no model zoo")
+    cfg = get_cfg()
+    sasa_det.add_sasa_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    # Their names follow detectron2's.
+    theirs = cfg.MODEL.BACKBONE.NAME
+    cfg.MODEL.BACKBONE.NAME = theirs.replace("resnet", "sasa_resnet")
+    cfg.MODEL.DEVICE = "meta"
+    if "DC5" in name:
+        with torch.device("meta"), pytest.raises(ValueError, match="no dilated and no deformable"):
+            build_model(cfg)
+        return
+    with torch.device("meta"):
+        ours = build_model(cfg)
+        cfg.MODEL.BACKBONE.NAME = theirs
+        original = build_model(cfg)
+    assert ours.backbone.output_shape() == original.backbone.output_shape()
+    assert any(isinstance(m, LocalSelfAttention2d) for m in ours.backbone.modules())
+    outside = [
+        {name: x.shape for name, x in model.state_dict().items() if "backbone" not in name}
+        for model in (ours, original)
+    ]
+    assert outside[0] == outside[1]
