@@ -1,5 +1,6 @@
 """detectron2's detectors on the attention backbones: they build, train and detect."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
+from test_training import AP_NAMES, train_net
 
 from sasa_det.config import load_config
 from sasa_det.layers import LocalSelfAttention2d
@@ -152,3 +154,24 @@ def test_detectron2s_own_configs_build_with_only_the_backbones_name_changed(name
         for model in (ours, original)
     ]
     assert outside[0] == outside[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "tasks"), [("faster_rcnn_attn", {"bbox"}), ("mask_rcnn_attn", {"bbox", "segm"})]
+)
+def test_rcnns_train_and_evaluate_on_real_images(config, tasks, eight_coco_images, tmp_path):
+    small = {**SMALL, "INPUT.IMAGE_SIZE": 128, "INPUT.MIN_SIZE_TEST": 128}
+    small.pop("MODEL.ROI_HEADS.NUM_CLASSES")
+    train_net(
+        *("--config", f"configs/{config}.yaml", "OUTPUT_DIR", tmp_path),
+        *(x for pair in small.items() for x in pair),
+        *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "DATALOADER.NUM_WORKERS", 0),
+        datasets=eight_coco_images,
+    )
+    results = json.loads((tmp_path / "evaluation.json").read_text())["coco_2017_val"]
+    assert set(results) == tasks
+    for figures in results.values():
+        # All objects of these images are large.
+        assert {name for name in AP_NAMES if figures[name] is None} == {"APs", "APm"}
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert ("loss_mask" in metrics[0]) == ("segm" in tasks)
