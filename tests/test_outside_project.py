@@ -1,11 +1,22 @@
 """Projects that are not this one: their own train_net.py, their own configs, YAML or Python."""
 
+import re
 import shutil
 
 import pytest
 import torch
+
+import sasa_det  # noqa: F401
+
+# isort: split
 from commands import ROOT, run_tool
+from conftest import CONFIGS
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
 from test_detectors import SMALL
+
+from sasa_det.config import load_config
+from sasa_det.layers import LocalSelfAttention2d
 
 SMALL_LAZY = [
     *("train.device=cpu", "model.backbone.bottom_up.depth=26", "model.backbone.out_channels=64"),
@@ -51,6 +62,24 @@ def test_a_mask_rcnn_of_another_project_trains_and_evaluates(run, project):
     assert any(name.endswith("attention.rel_rows") for name in names)
 
 
+def test_the_lazy_config_is_the_yaml_config():
+    lazy = LazyConfig.load(str(CONFIGS / "lazy" / "retinanet_attn.py"))
+    cfg = load_config(str(CONFIGS / "retinanet_full_attn_fpn.yaml"), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        models = [instantiate(lazy.model), build_model(cfg)]
+    shapes = [{name: x.shape for name, x in m.state_dict().items()} for m in models]
+    assert shapes[0] == shapes[1]
+    numbers = [
+        {name: x for name, x in vars(m).items() if isinstance(x, int | float | str)} for m in models
+    ]
+    differing = {name for name in numbers[0] if numbers[0][name] != numbers[1][name]}
+    assert differing <= {"vis_period"}
+    assert lazy.dataloader.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert lazy.optimizer.lr == cfg.SOLVER.BASE_LR
+    assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER
+    assert lazy.lr_multiplier.warmup_length * lazy.train.max_iter == cfg.SOLVER.WARMUP_ITERS
+
+
 def test_a_lazy_config_trains_resumes_and_evaluates(run, project):
     command = ["lazyconfig_train_net.py", "--config-file", "retinanet_attn.py"]
     small = [*SMALL_LAZY, "train.output_dir=lazy"]
@@ -65,3 +94,25 @@ def test_a_lazy_config_trains_resumes_and_evaluates(run, project):
     assert {group["weight_decay"] for group in groups} == {0.0, 1e-4}
     output = run(*command, "--eval-only", *small, f"train.init_checkpoint={weights}")
     assert "copypaste: AP,AP50,AP75,APs,APm,APl" in output
+
+
+def test_what_the_guide_says_in_python_and_yaml_is_so(project, tmp_path):
+    guide = (ROOT / "docs" / "detectors.md").read_text()
+    backbone_yaml, scratch_yaml = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(block.replace("your_mask_rcnn.yaml", str(project / "mask_rcnn.yaml")), names)
+    cfg = names["cfg"]
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    for number, block in enumerate([backbone_yaml, scratch_yaml]):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"{block}VERSION: 2\n")
+        cfg.merge_from_file(str(path))
+    cfg.merge_from_list([x for pair in SMALL.items() for x in pair])
+    model = build_model(cfg)
+    assert any(isinstance(m, LocalSelfAttention2d) for m in model.backbone.modules())
+    optimizer = names["Trainer"].build_optimizer(cfg, model)
+    embeddings = {id(p) for name, p in model.named_parameters() if name.endswith("rel_rows")}
+    groups = [g for g in optimizer.param_groups if embeddings & {id(p) for p in g["params"]}]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+    assert list(instantiate(names["backbone"]).output_shape()) == ["p2", "p3", "p4", "p5", "p6"]

@@ -78,6 +78,7 @@ model = L(SASARetinaNet)(
     ),
     num_classes=80,
     head_in_features=["p3", "p4", "p5", "p6", "p7"],
+    smooth_l1_beta=0.1,
     pixel_mean=[103.53, 116.28, 123.675],
     pixel_std=[57.375, 57.12, 58.395],
 )
