@@ -52,7 +52,7 @@ def build(builder, parts="attention", freeze_at=0, width=8):
     return build_backbone(cfg, ShapeSpec(channels=3))
 
 
-def batches(count=4):
+def batches(count=2):
     """Pairs of images of odd sizes, from a few pixels up."""
     sizes = random.Random(0)
     for _ in range(count):
@@ -87,7 +87,7 @@ def test_an_fpn_asks_for_the_padding_that_its_levels_need_and_a_resnet_for_none(
     assert not any(getattr(backbone, "padding_constraints", {}).values())
 
 
-@pytest.mark.parametrize(("builder", "freeze_at"), list(itertools.product(BUILDERS, [0, 1, 2, 5])))
+@pytest.mark.parametrize(("builder", "freeze_at"), list(itertools.product(BUILDERS, [0, 2, 5])))
 def test_freezing_stops_at_the_stage_that_is_named(builder, freeze_at):
     backbone = build(builder, freeze_at=freeze_at)
     resnet = getattr(backbone, "bottom_up", backbone)

@@ -101,7 +101,7 @@ def test_what_the_guide_says_in_python_and_yaml_is_so(project, tmp_path):
     backbone_yaml, scratch_yaml = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
-        exec(block.replace("your_mask_rcnn.yaml", str(project / "mask_rcnn.yaml")), names)
+        exec(block.replace("docs/outside_project", str(project)), names)
     cfg = names["cfg"]
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     for number, block in enumerate([backbone_yaml, scratch_yaml]):
