@@ -1,6 +1,7 @@
 """The detectron2 parts: registered, obeying detectron2's contracts, built by every config."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_a_faster_rcnn_takes_the_backbone_as_the_readme_says(tmp_path):
     readme = (ROOT / "README.md").read_text()
     recipe = readme.split("```python\n")[1].split("```")[0]
     names = {}
-    exec(recipe.replace("your_project.yaml", str(path)), names)
+    exec(re.sub(r'"[^"]+\.yaml"', f'"{path}"', recipe), names)
     cfg = names["cfg"]
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).train()
