@@ -28,7 +28,8 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from sasa_det.config import load_config
-from sasa_det.engine import AP_NAMES, RESULTS_FILE, Trainer
+from sasa_det.engine import Trainer
+from sasa_det.evaluation import AP_NAMES, RESULTS_FILE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
