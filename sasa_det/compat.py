@@ -57,8 +57,18 @@ def fill_gaps() -> None:
         stand_in = _NotCompiled("detectron2._C")
         sys.modules["detectron2._C"] = stand_in
         detectron2._C = stand_in
+        sys.modules["detectron2.evaluation.fast_eval_api"] = _official_evaluation()
     if not _is_at_least_0_6(detectron2.__version__):
         _restore_removed_names()
+
+
+def _official_evaluation() -> ModuleType:
+    """COCO's evaluation for the compiled one, as later versions of detectron2 fall back to it."""
+    from pycocotools.cocoeval import COCOeval
+
+    module = ModuleType("detectron2.evaluation.fast_eval_api")
+    module.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
+    return module
 
 
 def _is_at_least_0_6(version: str) -> bool:

@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import json
 import os
 import runpy
 from collections.abc import Callable, Iterator
@@ -79,6 +80,33 @@ def coco_slice() -> Path:
     if not (COCO_SLICE / "coco" / "annotations").is_dir():
         pytest.skip(f"no slice of COCO at {COCO_SLICE}")
     return COCO_SLICE
+
+
+@pytest.fixture(scope="session")
+def eight_coco_images(coco_slice, tmp_path_factory) -> Path:
+    """A datasets folder with the same eight images to train on and to evaluate on.
+
+    Those whose smallest object is the largest: few pixels are left at the tests' sizes.
+    """
+    coco = coco_slice / "coco"
+    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    smallest: dict[int, float] = {}
+    for annotation in content["annotations"]:
+        image_id = annotation["image_id"]
+        smallest[image_id] = min(smallest.get(image_id, float("inf")), annotation["area"])
+    chosen = set(sorted(smallest, key=smallest.__getitem__, reverse=True)[:8])
+    subset = {
+        **content,
+        "images": [image for image in content["images"] if image["id"] in chosen],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
+    }
+    datasets = tmp_path_factory.mktemp("eight")
+    (datasets / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (datasets / "coco" / f"{split}2017").symlink_to(coco / "train2017")
+        path = datasets / "coco" / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(subset))
+    return datasets
 
 
 @pytest.fixture(params=["eager", "native"])

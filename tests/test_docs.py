@@ -26,7 +26,8 @@ from sasa_det.data.digits import VARIANTS, generate_digits
 from sasa_det.modeling import make_sasa_resnet
 
 PAGES = ["README.md", "docs/reproduce.md", "docs/ablations.md", "docs/training.md"]
-PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/seeing.md"]
+PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/learning.md"]
+PAGES += ["docs/dataset.md", "docs/detectors.md", "docs/seeing.md"]
 
 SMALL_MODEL = {
     "DEVICE": "cpu",
@@ -36,6 +37,9 @@ SMALL_MODEL = {
     },
     "FPN": {"OUT_CHANNELS": 64},
     "RETINANET": {"NUM_CONVS": 1},
+    "ROI_HEADS": {"BATCH_SIZE_PER_IMAGE": 16},
+    "ROI_BOX_HEAD": {"CONV_DIM": 32, "FC_DIM": 32},
+    "ROI_MASK_HEAD": {"CONV_DIM": 32},
     "SASA": {"NUM_HEADS": 2},
 }
 SHORT_RUN = {"IMS_PER_BATCH": 2, "MAX_ITER": 2, "WARMUP_ITERS": 1}
@@ -48,6 +52,16 @@ SHORTER = {
     "tools/train_classifier.py": "--depth 26 --width 16 --num-heads 2 --image-size 32 --epochs 1"
     " --warmup-epochs 0 --batch-size 4",
     "tools/convert_resnet.py": "--steps 2 --batch-size 2",
+    "docs/outside_project/train_net.py": "MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 26"
+    " INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2"
+    " SOLVER.STEPS (1,) DATALOADER.NUM_WORKERS 0",
+    "docs/outside_project/lazyconfig_train_net.py": "train.device=cpu train.max_iter=2"
+    " model.backbone.bottom_up.depth=26 dataloader.train.total_batch_size=2"
+    " dataloader.train.num_workers=0 dataloader.test.num_workers=0"
+    " dataloader.train.mapper.augmentations.0.target_height=64"
+    " dataloader.train.mapper.augmentations.0.target_width=64"
+    " dataloader.train.mapper.augmentations.1.crop_size=[64,64]"
+    " dataloader.test.mapper.augmentations.0.short_edge_length=64",
 }
 # What follows these is replaced: this machine may have no GPUs, and steps are many.
 REPLACED = {
@@ -99,6 +113,7 @@ def merge(into, changes):
 
 def write_small_configs(folder):
     folder.mkdir()
+    (folder / "lazy").symlink_to(ROOT / "configs" / "lazy")
     for path in (ROOT / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
         merge(config, {"SOLVER": SHORT_RUN})

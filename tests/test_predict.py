@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sasa_det import add_sasa_config
 from sasa_det.config import load_config
-from sasa_det.engine import BoxEvaluator
+from sasa_det.evaluation import build_evaluator
 from sasa_det.prediction import (
     categories_of,
     find_pictures,
@@ -101,10 +101,11 @@ def test_with_annotations_the_results_are_those_of_detectron2s_evaluation(
     assert code is None
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     register_coco_instances("predicted", {}, str(annotations), str(digits / "val"))
-    cfg = load_config(untrained_demo[1], untrained_demo[2:])
-    evaluator = BoxEvaluator("predicted", str(tmp_path / "evaluation"))
+    options = [*untrained_demo[2:], "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(untrained_demo[1], options)
+    evaluator = build_evaluator(cfg, "predicted")
     inference_on_dataset(load_model(cfg), build_detection_test_loader(cfg, "predicted"), evaluator)
-    path = tmp_path / "evaluation" / "coco_instances_results.json"
+    path = tmp_path / "inference" / "coco_instances_results.json"
     wanted = json.loads(path.read_text())
     assert len(results) == len(wanted) > 100
 

@@ -49,17 +49,22 @@ def sanitized(tmp_path_factory):
     }
 
 
+def run(sanitized, *arguments):
+    folder = sanitized["PYTHONPATH"]  # nowhere else, for Python prefers a package lying there
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=sanitized, capture_output=True, text=True
+    )
+
+
 def test_drawn_calls_stay_within_their_buffers(sanitized):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/test_fuzz.py", "tests/test_backends.py", "-k", "native or fused"]
-    run = subprocess.run(command, cwd=ROOT, env=sanitized, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert " passed" in run.stdout
+    tests = [str(ROOT / "tests" / name) for name in ("test_fuzz.py", "test_backends.py")]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "native or fused"]
+    done = run(sanitized, "-m", "pytest", *tests, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
 
 
 def test_a_read_behind_a_buffer_would_be_noticed(sanitized):
-    run = subprocess.run(
-        [sys.executable, "-c", OUT_OF_BOUNDS], env=sanitized, capture_output=True, text=True
-    )
-    assert run.returncode != 0
-    assert "heap-buffer-overflow" in run.stderr
+    done = run(sanitized, "-c", OUT_OF_BOUNDS)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -29,7 +29,8 @@ from detectron2.utils.logger import setup_logger
 from sasa_det.analysis.attention import look
 from sasa_det.analysis.attention_figures import draw_box, draw_window
 from sasa_det.config import load_config
-from sasa_det.engine import AP_NAMES, RESULTS_FILE, Trainer
+from sasa_det.engine import Trainer
+from sasa_det.evaluation import AP_NAMES, RESULTS_FILE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
