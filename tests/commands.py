@@ -22,8 +22,10 @@ _SLOW_IMPORTS += ["fvcore.nn", "fvcore.common.checkpoint", "hydra", "omegaconf",
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(_SLOW_IMPORTS)
-if multiprocessing.parent_process() is None:
-    # Before anybody else: a process has one such server, and what measures memory wants one, too.
+
+
+def start_server() -> None:
+    """Before anybody else: a process has one such server, and what measures memory wants one."""
     multiprocessing.forkserver.ensure_running()
 
 

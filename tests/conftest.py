@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, start_server
 from hypothesis import settings
 
 from sasa_det.ops import available_backends, use_backend
@@ -24,6 +24,10 @@ os.environ.setdefault("DETECTRON2_DATASETS", str(ROOT / "datasets"))
 settings.register_profile("long", max_examples=2000, deadline=None)
 settings.register_profile("short", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("short")
+
+
+def pytest_configure() -> None:
+    start_server()
 
 
 @pytest.fixture(autouse=True)
