@@ -13,6 +13,7 @@ from torch import nn
 from sasa_det.config import STAGES, STEMS, check_choice, check_sasa_config
 
 from .blocks import AttentionBottleneckBlock, AttentionStem
+from .checkpointing import checkpoint_stages
 from .fpn import AttentionFPN
 
 _BLOCKS_PER_STAGE = {
@@ -44,6 +45,7 @@ def make_sasa_resnet(
     num_classes: int | None = None,
     out_features: Sequence[str] | None = None,
     freeze_at: int = 0,
+    activation_checkpointing: bool = False,
 ) -> ResNet:
     """detectron2's ResNet with the stem and the stages named here made of attention.
 
@@ -60,6 +62,7 @@ def make_sasa_resnet(
         num_groups, stride_in_1x1: of convolutional blocks, as in detectron2's ``BottleneckBlock``.
         num_classes (int or None): if given, a classifier, as in the paper's Table 1.
         out_features, freeze_at: as in detectron2's ``ResNet``.
+        activation_checkpointing (bool): keep of each block its input only, in training.
 
     Raises:
         ValueError: for an unknown depth or channels that the heads do not divide.
@@ -107,7 +110,8 @@ def make_sasa_resnet(
             )
         )
         channels, out_channels = out_channels, out_channels * 2
-    return ResNet(stem_module, stages, num_classes, out_features, freeze_at)
+    resnet = ResNet(stem_module, stages, num_classes, out_features, freeze_at)
+    return checkpoint_stages(resnet) if activation_checkpointing else resnet
 
 
 @BACKBONE_REGISTRY.register()
@@ -142,6 +146,7 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         stride_in_1x1=resnets.STRIDE_IN_1X1,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        activation_checkpointing=sasa.ACTIVATION_CHECKPOINTING,
     )
 
 
