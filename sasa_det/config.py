@@ -133,10 +133,13 @@ def check_sasa_config(cfg: CfgNode) -> None:
 def check_processes(cfg: CfgNode, num_processes: int) -> None:
     """Raises ValueError where the batch cannot be shared out, or the device lacks the precision."""
     solver = cfg.SOLVER
+    batch = solver.IMS_PER_BATCH
+    if solver.REFERENCE_WORLD_SIZE:  # detectron2 will scale it
+        batch = batch * num_processes // solver.REFERENCE_WORLD_SIZE
     shares = num_processes * solver.ACCUMULATION_STEPS
-    if solver.IMS_PER_BATCH % shares:
+    if batch % shares:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, which cannot be shared out to "
+            f"SOLVER.IMS_PER_BATCH is {batch}, which cannot be shared out to "
             f"{num_processes} processes in {solver.ACCUMULATION_STEPS} parts each "
             f"(SOLVER.ACCUMULATION_STEPS); choose a multiple of {shares}."
         )

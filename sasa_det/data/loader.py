@@ -37,7 +37,9 @@ class TrainLoader:
         self.is_grouped = options["aspect_ratio_grouping"]
         self.num_workers = options["num_workers"]
         self.mapped = MapDataset(DatasetFromList(self.images, copy=False), mapper)
-        self.seed: int = self.sampler._seed
+        seed = self.sampler._seed
+        # detectron2's later versions take SEED -1, which is for any seed, by its word.
+        self.seed: int = seed if seed >= 0 else comm.shared_random_seed()
         self.start = 0
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -93,7 +95,7 @@ class SeededImages(Dataset):
 
     def __getitem__(self, index: tuple[int, tuple[int, int]]) -> Any:
         number, entropy = index
-        seed = int(np.random.SeedSequence([x % 2**32 for x in entropy]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         return self.images[number]
