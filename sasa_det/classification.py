@@ -29,7 +29,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sasa_det.config import STAGES
 from sasa_det.data import classification as data
 from sasa_det.distributed import broadcast_buffers
-from sasa_det.engine import RESULTS_FILE, AttentionEntropy, write_results
+from sasa_det.engine import AttentionEntropy
+from sasa_det.evaluation import RESULTS_FILE, write_results
 from sasa_det.modeling import make_sasa_resnet
 from sasa_det.optimizer import optimizer_params
 

@@ -23,10 +23,11 @@ import sasa_det  # noqa: F401  (registers models and datasets; before detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from sasa_det.checkpoint import check_weights
 from sasa_det.config import check_processes, load_config
-from sasa_det.data import check_datasets
+from sasa_det.data import check_config_datasets
 from sasa_det.distributed import check_launch, launch, num_processes
 from sasa_det.engine import Trainer
 
@@ -34,6 +35,9 @@ from sasa_det.engine import Trainer
 def main(args: argparse.Namespace) -> None:
     cfg = args.cfg
     default_setup(cfg, args)
+    if comm.is_main_process():
+        for warning in args.dataset_warnings:
+            logging.getLogger("detectron2").warning(warning)
     if cfg.MODEL.DEVICE == "cpu":
         logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
@@ -50,11 +54,13 @@ def main(args: argparse.Namespace) -> None:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The checked config of the command line: what can be known to be wrong is said here.
 
+    What is doubtful about the datasets becomes ``args.dataset_warnings``, a sentence each.
+
     Raises:
         FileNotFoundError, ValueError: with one sentence for the user.
     """
     cfg = load_config(args.config_file, args.opts)
-    check_datasets([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    args.dataset_warnings = check_config_datasets(cfg, training=not args.eval_only)
     cfg.defrost()
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights and not args.resume:
@@ -62,8 +68,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
             "checkpoint of OUTPUT_DIR."
         )
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
     check_weights(weights, cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of

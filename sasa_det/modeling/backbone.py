@@ -10,6 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from torch import nn
 
+from sasa_det.checkpoint import warn_of_frozen_random_weights
 from sasa_det.config import STAGES, STEMS, check_choice, check_sasa_config
 
 from .blocks import AttentionBottleneckBlock, AttentionStem
@@ -128,7 +129,7 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             "The attention ResNets have no dilated and no deformable stages; "
             "leave MODEL.RESNETS.RES5_DILATION at 1 and DEFORM_ON_PER_STAGE at False."
         )
-    return make_sasa_resnet(
+    resnet = make_sasa_resnet(
         depth=resnets.DEPTH,
         stem=sasa.STEM,
         stem_mixed_values=sasa.STEM_MIXED_VALUES,
@@ -148,6 +149,9 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         activation_checkpointing=sasa.ACTIVATION_CHECKPOINTING,
     )
+    if not any(parameter.is_meta for parameter in resnet.parameters()):  # nobody trains on meta
+        warn_of_frozen_random_weights(cfg)
+    return resnet
 
 
 @BACKBONE_REGISTRY.register()
