@@ -2,10 +2,12 @@
 
 import pickle
 import re
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
+from torch import nn
 
 SHOWN_MISMATCHES = 3
 
@@ -20,14 +22,10 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     Raises:
         ValueError: with the first three mismatches.
     """
-    if not path.endswith(".pth"):
+    tensors = _tensors(path)
+    if tensors is None:
         return
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        return  # which detectron2 will say more about
-    tensors = content.get("model", content)
-    theirs = _shapes({name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+    theirs = _shapes(tensors)
     with torch.device("meta"):
         ours = _shapes(build_backbone(cfg).state_dict())
     mismatches = [
@@ -70,3 +68,43 @@ def shape_mismatch(name: str, theirs: torch.Size, ours: torch.Size) -> str:
     """Of a tensor in a checkpoint and in the model, in words."""
     there, here = ("x".join(map(str, shape)) or "a number" for shape in (theirs, ours))
     return f"{name} is {there} there and {here} in the model"
+
+
+def check_all_weights(path: str, model: nn.Module) -> None:
+    """Checks that a checkpoint has every parameter of a model: for whoever does not train it.
+
+    Only local .pth files are looked into.
+
+    Raises:
+        FileNotFoundError: if a local file does not exist.
+        ValueError: with the first three that are missing or of another shape.
+    """
+    if "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
+    tensors = _tensors(path)
+    if tensors is None:
+        return
+    wrong = [
+        shape_mismatch(name, tensors[name].shape, ours.shape)
+        if name in tensors
+        else f"{name} is missing"
+        for name, ours in model.named_parameters()
+        if name not in tensors or tensors[name].shape != ours.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"The checkpoint {path!r} of MODEL.WEIGHTS is of another architecture than the config: "
+            f"{'; '.join(wrong[:SHOWN_MISMATCHES])}; use the config that it was trained with."
+        )
+
+
+def _tensors(path: str) -> dict[str, torch.Tensor] | None:
+    """Of a local .pth file that torch can read."""
+    if not path.endswith(".pth") or "://" in path:
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        return None  # which detectron2 will say more about
+    tensors = content.get("model", content)
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
