@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT
 
 from sasa_det.ops import available_backends, use_backend
 
-ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 # A slice of real COCO in detectron2's layout; users do not have it.
 COCO_SLICE = ROOT.parent / "shared" / "data"

@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 import sasa_det  # noqa: F401
 
 # isort: split
+from commands import run_tool
 from conftest import CONFIGS, ROOT
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
@@ -52,10 +53,9 @@ def start(*arguments):
 
 
 def train(*arguments):
-    run = start(*arguments)
-    output, _ = run.communicate()
-    assert run.returncode == 0, output[-3000:]
-    return output
+    run = run_tool("tools/train_classifier.py", *arguments)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ import os
 import pickle
 import re
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,8 @@ import torchvision
 import sasa_det  # noqa: F401
 
 # isort: split
-from conftest import CONFIGS, ROOT
+from commands import run_tool
+from conftest import CONFIGS
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from test_models import a_sample, small
@@ -337,8 +336,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
 
 
 def convert_resnet(*arguments):
-    command = [sys.executable, "tools/convert_resnet.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_tool("tools/convert_resnet.py", *arguments)
 
 
 def test_the_tool_makes_a_checkpoint_that_a_training_starts_from(tmp_path):

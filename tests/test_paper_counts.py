@@ -1,8 +1,6 @@
 """Parameters and FLOPs of the real models are the paper's."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,8 @@ import torch
 import sasa_det  # noqa: F401
 
 # isort: split
-from conftest import CONFIGS, ROOT
+from commands import run_tool
+from conftest import CONFIGS
 from detectron2.modeling import build_model
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
@@ -119,8 +118,8 @@ def test_an_operator_that_nobody_counts_is_an_error():
 def test_the_tool_prints_a_table_and_writes_json(tmp_path):
     path = tmp_path / "cost.json"
     config = "configs/retinanet_full_attn.yaml"
-    command = [sys.executable, "tools/analyze_model.py", "--config", config, "--json", str(path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_tool("tools/analyze_model.py", "--config", config, "--json", path)
+    assert run.returncode == 0, run.stderr
     assert "paper, Table 2" in run.stdout
     cost = json.loads(path.read_text())
     assert cost["params"] == 21986356
@@ -129,8 +128,7 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path):
 
 
 def test_the_tool_answers_a_wrong_config_in_one_sentence():
-    command = [sys.executable, "tools/analyze_model.py", "--config", "configs/none.yaml"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = run_tool("tools/analyze_model.py", "--config", "configs/none.yaml")
     assert run.returncode != 0
     assert run.stderr.splitlines()[-1].startswith("error: The config file 'configs/none.yaml'")
     assert "Traceback" not in run.stderr

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 import sasa_det  # noqa: F401
 
 # isort: split
+from commands import run_tool
 from conftest import CONFIGS, ROOT
 
 from sasa_det.analysis import tables
@@ -221,8 +221,8 @@ def test_the_tool_counts_table_1_and_reads_classifiers(tmp_path):
         for file in files:
             (tmp_path / "runs" / name / file).touch()
     options = ["--runs", tmp_path / "runs", "--dataset", "nine_val", "--output", tmp_path / "out"]
-    command = [sys.executable, "tools/reproduce.py", "table1", *map(str, options)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = run_tool("tools/reproduce.py", "table1", *options)
+    assert run.returncode == 0, run.stderr
     assert "runs/b' has no model_final.pth, so it is not finished" in run.stderr
     files = {f"table1.{kind}" for kind in ("md", "csv", "json", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files

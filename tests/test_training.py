@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,8 @@ import torch
 import sasa_det  # noqa: F401
 
 # isort: split
-from conftest import CONFIGS, ROOT
+from commands import run_tool
+from conftest import CONFIGS
 
 from sasa_det.checkpoint import check_weights
 from sasa_det.config import load_config
@@ -24,11 +22,8 @@ QUICK += ["INPUT.MIN_SIZE_TEST", "64"]
 
 
 def train_net(*arguments, datasets=None, check=True):
-    environment = dict(os.environ)
-    if datasets:
-        environment["DETECTRON2_DATASETS"] = str(datasets)
-    command = [sys.executable, "tools/train_net.py", *map(str, arguments)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    environment = {"DETECTRON2_DATASETS": str(datasets)} if datasets else {}
+    run = run_tool("tools/train_net.py", *arguments, environment=environment)
     if check:
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run
