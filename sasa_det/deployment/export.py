@@ -40,8 +40,7 @@ def export_program(network: ExportedNetwork, *, keep_operators: bool = False) ->
     if keep_operators:
         return program
     program = program.run_decompositions(decompositions())
-    _merge_equal_nodes(program.graph)
-    program.graph_module.recompile()
+    _merge_equal_nodes(program)
     return program
 
 
@@ -63,6 +62,7 @@ def export_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, Any]) 
     with _quiet():
         program = export_program(network, keep_operators=True)
         program = program.run_decompositions(functions.decompositions())
+        _merge_equal_nodes(program)
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -71,7 +71,7 @@ def export_onnx(network: ExportedNetwork, path: Path, metadata: dict[str, Any]) 
             output_names=list(network.output_names),
         )
         assert exported is not None
-        functions.add_to(exported.model)
+        exported.model = functions.put_into(exported.model)
     exported.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
     exported.save(str(path))
 
@@ -106,8 +106,9 @@ def require(*modules: str) -> None:
             ) from error
 
 
-def _merge_equal_nodes(graph: torch.fx.Graph) -> None:
-    """Positions in blocks are computed alike by all layers of a level: once is enough."""
+def _merge_equal_nodes(program: ExportedProgram) -> None:
+    """All layers of a level compute the same positions: once is enough."""
+    graph = program.graph
     (output,) = graph.find_nodes(op="output")
     returned = set(output.all_input_nodes)  # the program knows these by name
     first: dict[str, torch.fx.Node] = {}
@@ -119,6 +120,7 @@ def _merge_equal_nodes(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
 @contextlib.contextmanager

@@ -40,52 +40,91 @@ def decompositions() -> dict[Any, Callable]:
     }
 
 
-class _Axis(NamedTuple):
-    """Rows or columns of a grid of positions (A, B), as tensors that broadcast to (A, B, halo).
+class Positions(NamedTuple):
+    """Which positions of a map meet which: indices (int64) that depend on its size alone.
+
+    L counts the positions of the map, P is the side of a halo.
 
     Attributes:
-        offset (Tensor): index of the embedding by which a position meets the keys of each slot of
-            the halo; the number of embeddings for slots outside its window.
-        slot (Tensor): one-hot, the slot of a position as a key.
+        row_logits, col_logits (Tensor[L * P]): where in a flat table (L, kernel_size + 1) the
+            logits of each position for the slots of a halo are; the last is that of no key.
+        slots (Tensor[L, 2 * P]): one-hot twice, of a position's row and column modulo P; float32.
+        queries (Tensor[blocks * area]): position in the map of each query; past the border, any.
+        keys (Tensor[blocks * P * P]): of each key; L for those outside the map.
+        values (Tensor[blocks * P * P]): the same, but any position for those.
+        back (Tensor[L]): where each position is among the queries.
     """
 
-    offset: Tensor
-    slot: Tensor
+    row_logits: Tensor
+    col_logits: Tensor
+    slots: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    back: Tensor
 
 
-def _local_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*arguments)
+def window_positions(y: Tensor, x: Tensor, kernel_size: int) -> Positions:
+    """For windows on a map with the rows ``y`` and the columns ``x``, (H,) and (W,) from zero."""
+    device, height, width = y.device, y.shape[0], x.shape[0]
+    radius = kernel_size // 2
+    halo = BLOCK_SIZE + 2 * radius
+    slots = torch.arange(halo, device=device)
+    y, x = y[:, None, None], x[:, None]
+    table = (y * width + x) * (kernel_size + 1)
+    starts = (_block_starts(size, BLOCK_SIZE, device) for size in (height, width))
+    rows, cols = (start + slots - radius for start in starts)
+    inside = _outer(torch.logical_and, *_inside(rows, height, cols, width))
+    keys = _outer(torch.add, rows * width, cols)
+    return Positions(
+        *((table + _offsets(at, radius, slots)).flatten() for at in (y, x)),
+        _one_hot([at % halo == slots for at in (y, x)], (height, width)),
+        _in_blocks(height, width, BLOCK_SIZE, device),
+        torch.where(inside, keys, height * width),
+        torch.where(inside, keys, 0),
+        _in_map(height, width, BLOCK_SIZE, device),
+    )
+
+
+def _offsets(at: Tensor, radius: int, slots: Tensor) -> Tensor:
+    """Index of the embedding by which a row or column meets each slot; 2 * radius + 1 for none."""
+    return ((slots - at + radius) % slots.shape[0]).clamp(max=2 * radius + 1)
+
+
+def _one_hot(slots: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    """(L, 2 * P) of two that broadcast to (*grid, P)."""
+    one_hot = [x.to(torch.float32).expand(*grid, -1).flatten(0, 1) for x in slots]
+    return torch.cat(one_hot, dim=1)
+
+
+def attend_in_windows(call: AttentionCall, positions: Positions) -> tuple[Tensor, Tensor]:
+    """What the operator returns, given the positions for its map and its window."""
     n, channels, height, width = call.query.shape
-    dtype, device = compute_dtype(call.query.dtype), call.query.device
+    dtype = compute_dtype(call.query.dtype)
     query, key, value = (
         x.to(dtype).reshape(n, call.num_heads, -1, height * width).transpose(2, 3)
         for x in call[:3]
     )
-    radius = call.kernel_size // 2
-    halo = BLOCK_SIZE + 2 * radius
-    slots = torch.arange(halo, device=device)
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    rows, cols = (
-        _Axis(((slots - at + radius) % halo).clamp(max=call.kernel_size), at % halo == slots)
-        for at in (y[:, None, None], x[:, None])
-    )
     embeddings = (call.rel_rows, call.rel_cols)
-    query, key, shift = _extend(query, key, (height, width), (rows, cols), embeddings, radius)
-    starts = (_block_starts(size, BLOCK_SIZE, device) for size in (height, width))
-    key_rows, key_cols = (start + slots - radius for start in starts)
-    inside = _outer(torch.logical_and, *_inside(key_rows, height, key_cols, width))
-    keys = _outer(torch.add, key_rows * width, key_cols)
+    query, key, shift = _extend(query, key, positions, embeddings, call.kernel_size // 2)
     # A zero key stands for those outside the map, and any value: its weight is nothing.
-    key = F.pad(key, (0, 0, 0, 1)).index_select(2, torch.where(inside, keys, height * width))
-    value = value.index_select(2, torch.where(inside, keys, 0))
     output, logsumexp = _attend(
-        query.index_select(2, _in_blocks(height, width, BLOCK_SIZE, device)), key, value, halo**2
+        query.index_select(2, positions.queries),
+        F.pad(key, (0, 0, 0, 1)).index_select(2, positions.keys),
+        value.index_select(2, positions.values),
+        num_queries=BLOCK_SIZE**2,
+        num_keys=(BLOCK_SIZE + 2 * (call.kernel_size // 2)) ** 2,
     )
-    back = _in_map(height, width, BLOCK_SIZE, device)
-    output = output.index_select(2, back).transpose(2, 3)
+    output = output.index_select(2, positions.back).transpose(2, 3)
     output = output.reshape(n, channels, height, width).to(call.query.dtype)
-    logsumexp = logsumexp.index_select(2, back) + shift
+    logsumexp = logsumexp.index_select(2, positions.back) + shift
     return output, logsumexp.unflatten(2, (height, width))
+
+
+def _local_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*arguments)
+    y, x = (torch.arange(size, device=call.query.device) for size in call.query.shape[2:])
+    return attend_in_windows(call, window_positions(y, x, call.kernel_size))
 
 
 def _stem_attention(*arguments: Any) -> Tensor:
@@ -129,18 +168,28 @@ def _stem_in_blocks(call: StemCall) -> Tensor:
     mixture = call.mixture.to(image.dtype).flatten(1).t()[:, :, None]
     mixed = (pixels.unflatten(2, (-1, area)).unsqueeze(4) * mixture).flatten(4).flatten(2, 3)
     value = project(mixed, call.value_weights.transpose(0, 1).flatten(1))
-    slots = torch.arange(block_size, device=image.device)
-    place = torch.arange(area, device=image.device)[:, None]
-    rows, cols = (
-        _Axis(slots - at + block_size - 1, at == slots)
-        for at in (place // block_size, place % block_size)
+    query, key, _ = _extend(
+        query,
+        key,
+        _places(positions.shape[0] // area, block_size, image.device),
+        (call.rel_rows, call.rel_cols),
+        block_size - 1,
     )
-    grid, embeddings = (positions.shape[0] // area, area), (call.rel_rows, call.rel_cols)
-    query, key, _ = _extend(query, key, grid, (rows, cols), embeddings, block_size - 1)
     inside = _inside_image(call)
     if inside is not None:
         key = key * inside[:, None]  # a zero key stands for those outside the image
-    return _attend(query, key, value, area, area)[0]
+    return _attend(query, key, value, num_queries=area, num_keys=area)[0]
+
+
+def _places(num_blocks: int, block_size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The first three of :class:`Positions`, for positions block by block."""
+    slots = torch.arange(block_size, device=device)
+    place = torch.arange(block_size**2, device=device)[:, None]
+    axes = torch.div(place, block_size, rounding_mode="trunc"), place % block_size
+    grid = (num_blocks, block_size**2)
+    table = 2 * block_size * torch.arange(num_blocks * block_size**2, device=device).view(*grid, 1)
+    indices = ((table + slots - at + block_size - 1).flatten() for at in axes)
+    return *indices, _one_hot([at == slots for at in axes], grid)
 
 
 def _inside_image(call: StemCall) -> Tensor | None:
@@ -165,20 +214,20 @@ def _stem_in_map(call: StemCall, blocks: Tensor) -> Tensor:
 def _extend(
     query: Tensor,
     key: Tensor,
-    grid: tuple[int, int],
-    axes: tuple[_Axis, _Axis],
+    positions: tuple[Tensor, ...],
     embeddings: tuple[Tensor | None, Tensor | None],
     centre: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys (N, heads, L, d) with their extensions, (N, heads, L, d + 2 * halo).
+    """Queries and keys (N, heads, L, d) with their extensions, (N, heads, L, d + 2 * P).
 
     Their product is the logit less the shift (N, heads, L), which puts the logit of the query's
     own position, index ``centre`` of both embeddings, ``_FLOOR`` above zero.
     """
+    row_logits, col_logits, slots, *_ = positions
     n, heads, length, head_dim = query.shape
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
     shift = (query * key).sum(dim=3, keepdim=True) - _FLOOR
-    outside = torch.full_like(shift, torch.finfo(dtype).min / 4)
+    no_key = torch.full_like(shift, torch.finfo(dtype).min / 4)
     if embeddings[0] is None:
         tables = [torch.zeros_like(shift).expand(-1, -1, -1, 2 * centre + 1)] * 2
     else:
@@ -186,20 +235,17 @@ def _extend(
         tables = [half @ x.to(dtype).transpose(1, 2) for half, x in zip(halves, embeddings)]
         shift = shift + tables[0][..., centre, None] + tables[1][..., centre, None]
     tables[0] = tables[0] - shift
-    width = 2 * centre + 2
-    start = (width * torch.arange(length, device=device)).view(*grid, 1)
-    queries, keys = [query], [key]
-    for axis, table in zip(axes, tables):
-        table = torch.cat([table, outside], dim=3).flatten(2)
-        logits = table.index_select(2, (start + axis.offset).flatten())
-        queries.append(logits.unflatten(2, (length, -1)))
-        slot = axis.slot.to(dtype).expand(*grid, -1).reshape(length, -1)
-        keys.append(slot.expand(n, heads, -1, -1))
-    return torch.cat(queries, dim=3), torch.cat(keys, dim=3), shift.squeeze(3)
+    extensions = [
+        torch.cat([table, no_key], dim=3).flatten(2).index_select(2, index)
+        for table, index in zip(tables, (row_logits, col_logits))
+    ]
+    extensions = [x.unflatten(2, (length, -1)) for x in extensions]
+    extended_key = torch.cat([key, slots.to(dtype).expand(n, heads, -1, -1)], dim=3)
+    return torch.cat([query, *extensions], dim=3), extended_key, shift.squeeze(3)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, num_keys: int, num_queries: int = BLOCK_SIZE**2
+    query: Tensor, key: Tensor, value: Tensor, *, num_queries: int, num_keys: int
 ) -> tuple[Tensor, Tensor]:
     """Output (N, heads, L, d) and log-sum-exp (N, heads, L); queries and keys are extended."""
     query = query.unflatten(2, (-1, num_queries))
