@@ -101,13 +101,24 @@ def _node(name: str, inputs: Sequence[Tensor], shape: Sequence[Any]) -> Tensor:
 
 
 def _positions_node(call: AttentionCall) -> Sequence[Tensor]:
-    y, x = (torch.arange(size, device=call.query.device) for size in call.query.shape[2:])
-    like = window_positions(y, x, call.kernel_size)  # for the shapes alone
+    height, width = call.query.shape[2:]
+    device, length = call.query.device, height * width
+    rows, cols = ((size + BLOCK_SIZE - 1) // BLOCK_SIZE for size in (height, width))
+    halo = BLOCK_SIZE + 2 * (call.kernel_size // 2)
+    shapes = Positions(
+        row_logits=(length * halo,),
+        col_logits=(length * halo,),
+        slots=(length, 2 * halo),
+        queries=(rows * cols * BLOCK_SIZE**2,),
+        keys=(rows * cols * halo**2,),
+        values=(rows * cols * halo**2,),
+        back=(length,),
+    )
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{_POSITIONS}_{call.kernel_size}",
-        (y, x),
-        dtypes=[tensor.dtype for tensor in like],
-        shapes=[tensor.shape for tensor in like],
+        (torch.arange(height, device=device), torch.arange(width, device=device)),
+        dtypes=[torch.float32 if name == "slots" else torch.int64 for name in shapes._fields],
+        shapes=list(shapes),
         version=1,
     )
 
