@@ -1,6 +1,5 @@
 """Detectors outside this package: compiled, exported as programs, and in ONNX Runtime."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -93,14 +92,21 @@ def test_the_decomposed_stem_is_that_of_the_operator(height, width, relative):
 
 # Two levels are as good as five, and quicker.
 TWO_LEVELS = [
-    *("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']", "MODEL.FPN.IN_FEATURES", "['res4', 'res5']"),
+    *(
+        "MODEL.RESNETS.OUT_FEATURES",
+        "['res4', 'res5']",
+        "MODEL.FPN.IN_FEATURES",
+        "['res4', 'res5']",
+    ),
     *("MODEL.RETINANET.IN_FEATURES", "['p4', 'p5']"),
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[64, 90], [128, 181]]"),
 ]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("config", DETECTORS)
+@pytest.mark.parametrize(
+    ("config", "training"),
+    [*((config, True) for config in DETECTORS), ("retinanet_full_attn_fpn", False)],
+)
 def test_backbone_and_head_compile_without_graph_breaks(config, training):
     model = small(config, *TWO_LEVELS).train(training)
 
@@ -109,8 +115,9 @@ def test_backbone_and_head_compile_without_graph_breaks(config, training):
         logits, deltas = model.head([features[name] for name in model.head_in_features])
         return [*logits, *deltas]
 
-    # Backward through what the compiler made of it, where there is something of our own.
-    aot = training and config in ("retinanet_full_attn_fpn", "retinanet_convstem_attn")
+    torch._dynamo.reset()  # the same lines have been compiled for other detectors
+    # The compiler's own backward, too, for the row that has everything.
+    aot = training and config == "retinanet_full_attn_fpn"
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager" if aot else "eager")
     images = torch.randn(2, 3, 64, 96)
     results = []
@@ -171,19 +178,20 @@ def test_onnx_runtime_computes_what_eager_does(attention_detector, exported, siz
         assert difference(actual, expected) < 1e-4, name
 
 
-def test_an_onnx_file_defines_each_kind_of_attention_once_in_standard_operators(exported):
+def test_an_onnx_file_is_made_of_standard_operators_that_grow_with_the_layers_not_the_windows(
+    exported,
+):
     import onnx
 
     model = onnx.load(exported[0])
-    onnx.checker.check_model(model, full_check=False)
-    calls = [node.op_type for node in model.graph.node if node.domain == "sasa_det"]
-    # A stem, 8 blocks, and 2 subnets of 2 layers on 5 levels.
-    assert len(calls) == 1 + 8 + 2 * 2 * 5
-    assert {function.name for function in model.functions} == set(calls)
-    assert len(set(calls)) == 5
-    nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
-    assert {node.domain for node in nodes} == {"", "sasa_det"}
-    assert len(nodes) < 2000
+    onnx.checker.check_model(model)
+    nodes = model.graph.node
+    assert {node.domain for node in [*nodes, *model.opset_import]} == {""}
+    assert not model.functions
+    # A stem, 8 blocks, and 2 subnets of 2 layers on 5 levels; windows have 49 positions.
+    layers = 1 + 8 + 2 * 2 * 5
+    assert sum(node.op_type == "Softmax" for node in nodes) == layers
+    assert len(nodes) < 110 * layers
 
 
 def test_the_tool_says_what_it_wrote_and_how_far_it_is_from_eager(exported):
@@ -246,7 +254,7 @@ def test_a_program_keeps_the_operators_or_needs_torch_alone(tmp_path):
     del model.head, model.anchor_generator
     model.__class__ = nn.Module
     network = network_of(model)
-    images = torch.rand(1, 3, 75, 100) * 255
+    images = torch.rand(1, 3, 150, 135) * 255
     with torch.no_grad():
         expected = network(images)
     kept = export_program(network, keep_operators=True)
@@ -292,5 +300,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
 
 def test_a_missing_library_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r'needs onnxscript.*pip install "sasa_det\[deployment\]"'):
+    with pytest.raises(
+        ImportError, match=r'needs onnxscript.*pip install "sasa_det\[deployment\]"'
+    ):
         require("onnx", "onnxscript")

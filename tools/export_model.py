@@ -26,6 +26,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
+from fvcore.nn import update_bn_stats
 from tabulate import tabulate
 
 from sasa_det.analysis.timing import Steps, race, spread
@@ -113,13 +114,21 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def load_model(cfg: CfgNode) -> nn.Module:
-    model = build_model(cfg).eval()
+    cfg = cfg.clone()
+    cfg.defrost()
+    for part in (cfg.MODEL.RESNETS, cfg.MODEL.FPN):
+        if part.NORM == "SyncBN":  # the same in inference, and there is nothing to synchronise
+            part.NORM = "BN"
+    model = build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         check_all_weights(cfg.MODEL.WEIGHTS, model)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     else:
         print("MODEL.WEIGHTS is empty: what is exported has random weights.")
-    return model
+        # Without statistics activations grow from block to block, and with them each rounding.
+        batches = [torch.randn(2, 3, 256, 256) for _ in range(3)]
+        update_bn_stats(model.backbone.train(), batches, len(batches))
+    return model.eval()
 
 
 def metadata(cfg: CfgNode) -> dict[str, Any]:

@@ -105,20 +105,20 @@ def _positions_node(call: AttentionCall) -> Sequence[Tensor]:
     device, length = call.query.device, height * width
     rows, cols = ((size + BLOCK_SIZE - 1) // BLOCK_SIZE for size in (height, width))
     halo = BLOCK_SIZE + 2 * (call.kernel_size // 2)
-    shapes = Positions(
-        row_logits=(length * halo,),
-        col_logits=(length * halo,),
-        slots=(length, 2 * halo),
-        queries=(rows * cols * BLOCK_SIZE**2,),
-        keys=(rows * cols * halo**2,),
-        values=(rows * cols * halo**2,),
-        back=(length,),
-    )
+    shapes: dict[str, tuple[Any, ...]] = {
+        "row_logits": (length * halo,),
+        "col_logits": (length * halo,),
+        "slots": (length, 2 * halo),
+        "queries": (rows * cols * BLOCK_SIZE**2,),
+        "keys": (rows * cols * halo**2,),
+        "values": (rows * cols * halo**2,),
+        "back": (length,),
+    }
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{_POSITIONS}_{call.kernel_size}",
         (torch.arange(height, device=device), torch.arange(width, device=device)),
-        dtypes=[torch.float32 if name == "slots" else torch.int64 for name in shapes._fields],
-        shapes=list(shapes),
+        dtypes=[torch.float32 if name == "slots" else torch.int64 for name in Positions._fields],
+        shapes=[shapes[name] for name in Positions._fields],
         version=1,
     )
 
@@ -150,12 +150,16 @@ def _positions_function(kernel_size: int) -> ir.Function:
 
 
 def _stem_function(name: str, operator: Any, call: StemCall, divisor: int) -> ir.Function:
-    def attend(*tensors: Tensor) -> Tensor:
-        output = decompositions()[operator.default](*_with_tensors(call, tensors))
+    # Where the blocks divide the image, nothing needs to be masked at its border.
+    step = math.gcd(divisor, call.mixture.shape[-1])
+
+    def attend(image: Tensor, *parameters: Tensor) -> Tensor:
+        for dim in (2, 3):  # says so, and cuts nothing off
+            image = image.narrow(dim, 0, image.shape[dim] // step * step)
+        output = decompositions()[operator.default](*_with_tensors(call, [image, *parameters]))
         return output[0] if isinstance(output, tuple) else output
 
-    # Where the blocks divide the image, nothing is computed for what would be outside.
-    return _function(name, _graph(attend, call, math.gcd(divisor, call.mixture.shape[-1])))
+    return _function(name, _graph(attend, call, step))
 
 
 class _Module(nn.Module):
@@ -187,9 +191,7 @@ def _graph(function: Callable, call: Any, step: int = 1) -> ir.Graph:
         for x in tensors
     ]
     dynamic_shapes = (tuple(of_map if x.dim() == 4 else None for x in tensors),)
-    program = torch.export.export(
-        _Module(function), tuple(examples), dynamic_shapes=dynamic_shapes
-    )
+    program = torch.export.export(_Module(function), tuple(examples), dynamic_shapes=dynamic_shapes)
     return _convert(program)
 
 
@@ -203,6 +205,7 @@ def _function(name: str, graph: ir.Graph) -> ir.Function:
     # A function has no initializers.
     constants = []
     for value in graph.initializers.values():
+        assert value.const_value is not None
         node = ir.node("Constant", [], {"value": ir.AttrTensor("value", value.const_value)})
         value.replace_all_uses_with(node.outputs[0])
         constants.append(node)

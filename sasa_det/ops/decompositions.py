@@ -76,8 +76,10 @@ def window_positions(y: Tensor, x: Tensor, kernel_size: int) -> Positions:
     rows, cols = (start + slots - radius for start in starts)
     inside = _outer(torch.logical_and, *_inside(rows, height, cols, width))
     keys = _outer(torch.add, rows * width, cols)
+    row_logits, col_logits = ((table + _offsets(at, radius, slots)).flatten() for at in (y, x))
     return Positions(
-        *((table + _offsets(at, radius, slots)).flatten() for at in (y, x)),
+        row_logits,
+        col_logits,
         _one_hot([at % halo == slots for at in (y, x)], (height, width)),
         _in_blocks(height, width, BLOCK_SIZE, device),
         torch.where(inside, keys, height * width),
@@ -102,8 +104,7 @@ def attend_in_windows(call: AttentionCall, positions: Positions) -> tuple[Tensor
     n, channels, height, width = call.query.shape
     dtype = compute_dtype(call.query.dtype)
     query, key, value = (
-        x.to(dtype).reshape(n, call.num_heads, -1, height * width).transpose(2, 3)
-        for x in call[:3]
+        x.to(dtype).reshape(n, call.num_heads, -1, height * width).transpose(2, 3) for x in call[:3]
     )
     embeddings = (call.rel_rows, call.rel_cols)
     query, key, shift = _extend(query, key, positions, embeddings, call.kernel_size // 2)
@@ -142,7 +143,9 @@ def _stem_attention_pooled(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inside = _inside_image(call)
     blocks = output if inside is None else torch.where(inside[:, None], output, float("-inf"))
     maximum = blocks.unflatten(2, (-1, block_size**2)).amax(dim=3).transpose(2, 3)
-    maximum = maximum.reshape(n, -1, _num_blocks(height, block_size), _num_blocks(width, block_size))
+    maximum = maximum.reshape(
+        n, -1, _num_blocks(height, block_size), _num_blocks(width, block_size)
+    )
     output = _stem_in_map(call, output)
     total, square_total = (x.sum(dim=(0, 2)).flatten() for x in (output, output.square()))
     return maximum.to(call.image.dtype), total, square_total
@@ -228,11 +231,13 @@ def _extend(
     dtype = query.dtype
     shift = (query * key).sum(dim=3, keepdim=True) - _FLOOR
     no_key = torch.full_like(shift, torch.finfo(dtype).min / 4)
-    if embeddings[0] is None:
-        tables = [torch.zeros_like(shift).expand(-1, -1, -1, 2 * centre + 1)] * 2
-    else:
+    tables = [torch.zeros_like(shift).expand(-1, -1, -1, 2 * centre + 1)] * 2
+    rel_rows, rel_cols = embeddings
+    if rel_rows is not None and rel_cols is not None:
         halves = query.split(head_dim // 2, dim=3)
-        tables = [half @ x.to(dtype).transpose(1, 2) for half, x in zip(halves, embeddings)]
+        tables = [
+            half @ x.to(dtype).transpose(1, 2) for half, x in zip(halves, (rel_rows, rel_cols))
+        ]
         shift = shift + tables[0][..., centre, None] + tables[1][..., centre, None]
     tables[0] = tables[0] - shift
     extensions = [
