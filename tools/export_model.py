@@ -126,7 +126,8 @@ def load_model(cfg: CfgNode) -> nn.Module:
     else:
         print("MODEL.WEIGHTS is empty: what is exported has random weights.")
         # Without statistics activations grow from block to block, and with them each rounding.
-        batches = [torch.randn(2, 3, 256, 256) for _ in range(3)]
+        noise = [torch.rand(2, 3, 256, 256) * 255 for _ in range(3)]
+        batches = [(images - model.pixel_mean) / model.pixel_std for images in noise]
         update_bn_stats(model.backbone.train(), batches, len(batches))
     return model.eval()
 

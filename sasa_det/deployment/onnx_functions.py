@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -55,9 +55,16 @@ class Functions:
         for build in self._build.values():
             function = build()
             model.functions[function.identifier()] = function
-        model = InlinePass()(model).model
-        RemoveUnusedNodesPass()(model)
-        RemoveUnusedOpsetsPass()(model)
+        for clean_up in (
+            passes.InlinePass(),
+            passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0),
+            passes.DeduplicateInitializersPass(),
+            passes.CommonSubexpressionEliminationPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.RemoveUnusedOpsetsPass(),
+            passes.ClearMetadataAndDocStringPass(),  # the lines of code behind each node
+        ):
+            model = clean_up(model).model
         return model
 
     def _local_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
