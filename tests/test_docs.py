@@ -27,7 +27,8 @@ from sasa_det.modeling import make_sasa_resnet
 
 PAGES = ["README.md", "docs/reproduce.md", "docs/ablations.md", "docs/training.md"]
 PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/learning.md"]
-PAGES += ["docs/dataset.md", "docs/detectors.md", "docs/seeing.md"]
+PAGES += ["docs/dataset.md", "docs/detectors.md", "docs/seeing.md", "docs/scale.md"]
+PAGES += ["docs/deployment.md"]
 
 SMALL_MODEL = {
     "DEVICE": "cpu",
@@ -72,7 +73,14 @@ REPLACED = {
     "--dtype": "float32",
 }
 REPLACED |= {"SOLVER.MAX_ITER": "2", "SOLVER.WARMUP_ITERS": "1"}
+REPLACED |= {"--num-machines": "1", "--nnodes": "1", "--nproc-per-node": "2"}
+REPLACED |= {"--rdzv-endpoint": "localhost:0", "SOLVER.ACCUMULATION_STEPS": "2"}
 RECORDED = ["python", "torchrun", "make", "pip", "git"]
+SLURM = """
+srun() { "$@"; }
+scontrol() { echo node0; }
+SLURM_NNODES=2 SLURM_JOB_NODELIST="node[0-1]" SLURM_JOB_ID=1
+"""
 # Here, not run: environments are made where there is nothing yet, and these tests are one of them.
 NOT_RUN = ["make", "pip", "git"]
 
@@ -160,7 +168,7 @@ def commands(page, folder):
     record.write_text("")
     note = 'printf "%s\\0" "$@" >> record; echo >> record;'
     functions = [f'{name}() {{ set -- {name} "$@"; {note} }}' for name in RECORDED]
-    script = "\n".join([*functions, "set -eu", *code_blocks(page, "bash")])
+    script = "\n".join([*functions, "set -eu", SLURM, *code_blocks(page, "bash")])
     subprocess.run(["bash", "-c", script], cwd=folder, check=True)
     for line in record.read_text().split("\0\n")[:-1]:
         yield line.split("\0")
@@ -175,7 +183,11 @@ def adapted(arguments):
     return [*arguments[:keys], *SHORTER.get(arguments[0], "").split(), *arguments[keys:]]
 
 
-@pytest.mark.parametrize("page", PAGES)
+# An export takes minutes.
+RUN_PAGES = [pytest.param(x, marks=[pytest.mark.slow] * (x == "docs/deployment.md")) for x in PAGES]
+
+
+@pytest.mark.parametrize("page", RUN_PAGES)
 def test_every_command_of_the_page_runs(page, folder):
     environment = {"DETECTRON2_DATASETS": str(folder / "datasets"), "PYTHONPATH": str(ROOT)}
     for program, *arguments in commands(page, folder):
@@ -183,11 +195,12 @@ def test_every_command_of_the_page_runs(page, folder):
             continue
         if arguments[0] == "tools/predict.py":
             pytest.importorskip("cv2", reason="detectron2 draws with OpenCV")
-        run = run_tool(*adapted(arguments), environment=environment, folder=folder)
+        module = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+        run = run_tool(*module, *adapted(arguments), environment=environment, folder=folder)
         assert run.returncode == 0, f"{page}: {program} {arguments}\n{run.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", RUN_PAGES)
 def test_every_example_in_python_runs(page, folder):
     script = folder / "examples.py"
     script.write_text("\n".join(code_blocks(page, "python")))
