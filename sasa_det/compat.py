@@ -1,4 +1,4 @@
-"""Stand-ins for what an installation of detectron2 0.5 from PyPI lacks.
+"""What differs between the detectron2 of PyPI and upstream's, and stand-ins for what it lacks.
 
 ``detectron2-cdo`` on PyPI is upstream's v0.5 as pure Python: without its compiled extension, and
 with names that newer Pillow and NumPy removed. :func:`fill_gaps` puts a stand-in only where
@@ -69,6 +69,25 @@ def _official_evaluation() -> ModuleType:
     module = ModuleType("detectron2.evaluation.fast_eval_api")
     module.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
     return module
+
+
+def create_local_process_group(num_processes: int) -> None:
+    """Tells detectron2 which processes share a machine; all of them must call it.
+
+    Args:
+        num_processes (int): on each machine.
+    """
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes)
+        return
+    for first in range(0, comm.get_world_size(), num_processes):
+        ranks = range(first, first + num_processes)
+        group = dist.new_group(list(ranks))
+        if comm.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
 
 
 def _is_at_least_0_6(version: str) -> bool:

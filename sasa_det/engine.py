@@ -1,5 +1,7 @@
-"""Training and evaluation: detectron2's trainer with our data, optimiser and evaluator."""
+"""Training and evaluation: detectron2's trainer with our data, step, optimiser and evaluator."""
 
+import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,32 +9,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sasa_det.data import build_test_mapper, build_train_mapper, garbage_collection_off
+from sasa_det.data import TrainLoader, build_test_mapper, build_train_mapper, garbage_collection_off
+from sasa_det.distributed import broadcast_buffers
 from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
 from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.modeling.norm import sync_batch_norm_on_cpu
 from sasa_det.optimizer import optimizer_params
+from sasa_det.train_step import StepTrainer
 
 
 class Trainer(DefaultTrainer):
     """detectron2's DefaultTrainer that evaluates by COCO's metrics and writes them as JSON."""
 
+    def __init__(self, cfg: CfgNode) -> None:
+        # What DefaultTrainer's does, but with our step, and for processes on CPUs as well.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        is_on_gpu = next(model.parameters()).is_cuda
+        model = create_ddp_model(
+            model,
+            device_ids=[comm.get_local_rank()] if is_on_gpu else None,
+            broadcast_buffers=False,
+        )
+        amp = cfg.SOLVER.AMP
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            num_parts=cfg.SOLVER.ACCUMULATION_STEPS,
+            precision=getattr(torch, amp.PRECISION) if amp.ENABLED else torch.float32,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
+            sync_batch_norm_on_cpu(model)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         with garbage_collection_off():  # the annotations of COCO load in half the time
-            return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+            return TrainLoader(cfg, build_train_mapper(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -54,11 +102,16 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """With the optimiser's state, which detectron2 0.5 forgets and later ones save so."""
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            "data_seed": self.data_loader.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        self.data_loader.seed = state_dict.get("data_seed", self.data_loader.seed)
 
     def build_hooks(self) -> list[HookBase]:
         # Before the writers, which detectron2 puts last.
@@ -76,6 +129,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> OrderedDict:
         """Evaluates on ``cfg.DATASETS.TEST`` and writes the figures to ``OUTPUT_DIR``."""
+        broadcast_buffers(model)  # the checkpoint has the first process's
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             names = cfg.DATASETS.TEST
