@@ -160,8 +160,11 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     stages that attend instead. Only local .pth files are looked into.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: with the first three mismatches.
     """
+    if path and "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
     tensors = _read_tensors(path)
     if tensors is None:
         return
@@ -228,11 +231,11 @@ def _is_convolutional(weights: str) -> bool:
 
 def _read_tensors(path: str) -> dict[str, torch.Tensor] | None:
     """The tensors of a .pth file by name; None where they cannot be known."""
-    if not path.endswith(".pth"):
+    if "://" in path or not path.endswith(".pth"):
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
+    except (EOFError, pickle.UnpicklingError, RuntimeError):
         return None  # which detectron2 will say more about
     tensors = content.get("model", content)
     return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}

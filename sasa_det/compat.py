@@ -62,15 +62,6 @@ def fill_gaps() -> None:
         _restore_removed_names()
 
 
-def _official_evaluation() -> ModuleType:
-    """COCO's evaluation for the compiled one, as later versions of detectron2 fall back to it."""
-    from pycocotools.cocoeval import COCOeval
-
-    module = ModuleType("detectron2.evaluation.fast_eval_api")
-    module.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
-    return module
-
-
 def create_local_process_group(num_processes: int) -> None:
     """Tells detectron2 which processes share a machine; all of them must call it.
 
@@ -88,6 +79,15 @@ def create_local_process_group(num_processes: int) -> None:
         group = dist.new_group(list(ranks))
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def _official_evaluation() -> ModuleType:
+    """COCO's evaluation for the compiled one, as later versions of detectron2 fall back to it."""
+    from pycocotools.cocoeval import COCOeval
+
+    module = ModuleType("detectron2.evaluation.fast_eval_api")
+    module.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
+    return module
 
 
 def _is_at_least_0_6(version: str) -> bool:

@@ -4,7 +4,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from sasa_det.checkpoint import WholeCheckpointer
-from sasa_det.data import TrainLoader, build_test_mapper, build_train_mapper, garbage_collection_off
+from sasa_det.data import (
+    TrainLoader,
+    build_test_mapper,
+    build_train_mapper,
+    garbage_collection_off,
+)
 from sasa_det.distributed import broadcast_buffers
 from sasa_det.divergence import DivergedError
 from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
-from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, attention_layers, record_attention
 from sasa_det.modeling.norm import sync_batch_norm_on_cpu
 from sasa_det.optimizer import optimizer_params
 from sasa_det.termination import SaveOnTermination
@@ -169,33 +173,34 @@ class AttentionEntropy(HookBase):
 
     def __init__(self, period: int = 20) -> None:
         self.period = period
-        self._entropies: dict[nn.Module, float] = {}
-        self._handles: list[RemovableHandle] = []
+        self._recording = ExitStack()
+        self._entropies: dict[str, list[float]] = {}
 
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
-            for module in self.trainer.model.modules():
-                if isinstance(module, LocalSelfAttention2d):
-                    self._handles.append(module.register_forward_pre_hook(self._look))
+            model = self.trainer.model
+            layers = attention_layers(model).items()
+            # Not the stem: its blocks are small, and its maps as large as the images.
+            names = [name for name, x in layers if isinstance(x, LocalSelfAttention2d)]
+            recording = record_attention(model, names, keep=mean_entropy, num_images=1)
+            self._entropies = self._recording.enter_context(recording)
 
     def after_step(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._entropies:
-            values = list(self._entropies.values())
+        self._recording.close()
+        values = [by_call[0] for by_call in self._entropies.values() if by_call]
+        if values:
             self.trainer.storage.put_scalars(
                 **{
                     "attention_entropy/mean": sum(values) / len(values),
                     "attention_entropy/least": min(values),
                 }
             )
-        self._handles, self._entropies = [], {}
+        self._entropies = {}
 
-    @torch.no_grad()
-    def _look(self, module: LocalSelfAttention2d, inputs: tuple[torch.Tensor]) -> None:
-        if module not in self._entropies:
-            weights = module.attention_weights(inputs[0][:1])
-            self._entropies[module] = float(torch.special.entr(weights).sum(dim=2).mean())
+
+def mean_entropy(layer: nn.Module, weights: torch.Tensor) -> float:
+    """Of attention weights (N, num_heads, k * k, H, W), in nats."""
+    return float(torch.special.entr(weights).sum(dim=2).mean())
 
 
 @contextmanager

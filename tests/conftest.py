@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,49 @@ settings.load_profile("short")
 def seeded() -> None:
     """torch seeds itself differently in each process; a test is to pass or fail alike each time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def call_tool(monkeypatch, capsys) -> Callable[..., tuple[str | int | None, str]]:
+    """Calls a script of tools/ in this process; what it exits with, and what it printed."""
+
+    def run(name: str, *arguments: object) -> tuple[str | int | None, str]:
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        code = None
+        try:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+        except SystemExit as ending:
+            code = ending.code
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A folder with four pictures of the built-in dataset, ``val``, and ``val.json``."""
+    from sasa_det.data.digits import generate_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    generate_digits(folder, "val", 4, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained_demo(tmp_path_factory) -> list[str]:
+    """How to call a tool with the demo's model as it starts; it detects something everywhere."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    from sasa_det.config import load_config
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("demo")
+    config = str(CONFIGS / "demo.yaml")
+    DetectionCheckpointer(build_model(load_config(config)), str(folder)).save("model")
+    weights = ["MODEL.WEIGHTS", str(folder / "model.pth")]
+    return ["--config", config, *weights, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one_with_the_whol
     one, two, training
 ):
     wanted, actual = one[training]["losses"], two[training]["losses"]
-    assert len(wanted) == 6
+    assert len(wanted) == 4
     for step, other in zip(wanted, actual):
         # detectron2 computes the focal loss in float32 whatever it is given.
         assert other == pytest.approx(step, rel=5e-7)
@@ -101,7 +101,7 @@ def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one_with_the_whol
 def test_they_come_to_the_same_weights_and_statistics(one, two, training):
     wanted, actual = one[training]["weights"], two[training]["weights"]
     for name, tensor in wanted.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-7, atol=1e-8, msg=name)
 
 
 def test_both_skip_the_batch_whose_loss_is_not_finite_in_one(one, two):

@@ -76,8 +76,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
             "checkpoint of OUTPUT_DIR."
         )
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
     check_weights(weights, cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
