@@ -18,21 +18,20 @@ from torch import nn
 import sasa_det  # noqa: F401
 
 # isort: split
-from sasa_det.checkpoint import CheckpointError, WholeCheckpointer
+from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, what_is_damaged
 from sasa_det.distributed import TERMINATED, termination_passed_on
 
-# Two sizes and flips in another process: all that is random about the images. A checkpoint a step.
+# Two sizes and flips in another process: all that is random about the images.
 TRAINING = ["tools/train_net.py", "--config", "configs/demo.yaml", "--resume"]
 TRAINING += ["DATASETS.TEST", "()"]
 TRAINING += ["DATASETS.TRAIN", "('sasa_digits_val',)", "SOLVER.IMS_PER_BATCH", 2]
 TRAINING += ["INPUT.MIN_SIZE_TRAIN", "(32, 48)", "INPUT.RANDOM_FLIP", "horizontal"]
-TRAINING += ["DATALOADER.NUM_WORKERS", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.WARMUP_ITERS", 2]
-STEPS = 12
+TRAINING += ["DATALOADER.NUM_WORKERS", 1, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.WARMUP_ITERS", 2]
+STEPS = 10
 
 
 def training(output, *options, kind=Command, **more):
-    steps = [] if "SOLVER.MAX_ITER" in options else ["SOLVER.MAX_ITER", STEPS]
-    return kind(*TRAINING, *steps, "OUTPUT_DIR", output, *options, **more)
+    return kind(*TRAINING, "SOLVER.MAX_ITER", STEPS, "OUTPUT_DIR", output, *options, **more)
 
 
 def final_weights(output):
@@ -60,10 +59,6 @@ def wait_for(command, happened):
 
 def is_writing(output):
     return any(output.glob(".*.pth.part"))
-
-
-def has_saved(output):
-    return (output / "last_checkpoint").exists()
 
 
 def all_processes(command):
@@ -102,12 +97,70 @@ def train_with_kills(output, moments):
     return kills, halves
 
 
-def test_killed_while_a_checkpoint_is_written_it_comes_to_the_same_weights(uninterrupted, tmp_path):
-    kills, halves = train_with_kills(tmp_path, [(signal.SIGKILL, None)] * 2)
-    assert kills == 2
-    assert halves > 0
-    assert_equal(final_weights(tmp_path), uninterrupted[0])
-    assert not is_writing(tmp_path)
+@pytest.fixture(scope="module")
+def troubled(uninterrupted, tmp_path_factory):
+    """A training that met all of it, one after the other: what was left each time, and where."""
+    output = tmp_path_factory.mktemp("troubled")
+    tag = output / "last_checkpoint"
+    left = {}
+    command = training(output)
+    assert wait_for(command, lambda: is_writing(output) and tag.exists())
+    os.kill(command.pid, signal.SIGKILL)
+    left["killed"] = command.wait(), is_writing(output), tag.read_text()
+
+    command = training(output)
+    assert wait_for(command, lambda: tag.read_text() != left["killed"][2])
+    for pid in all_processes(command):  # those that load images, too, as schedulers do
+        os.kill(pid, signal.SIGTERM)
+    left["told"] = command.wait(), is_writing(output), tag.read_text()
+
+    left["full"] = (
+        training(output, largest_file=2**20, kind=run_tool),
+        is_writing(output),
+        tag.read_text(),
+    )
+    left["finished"] = training(output, kind=run_tool), is_writing(output), tag.read_text()
+    return left, output
+
+
+def test_killed_while_a_checkpoint_is_written_it_leaves_half_of_it_under_another_name(troubled):
+    run, is_half_there, name = troubled[0]["killed"]
+    assert run.returncode == -signal.SIGKILL
+    assert is_half_there
+    assert what_is_damaged(troubled[1] / name) is None
+
+
+def test_told_to_end_it_saves_the_running_step_and_leaves(troubled):
+    left, output = troubled
+    run, _, name = left["told"]
+    assert run.returncode == TERMINATED == 143, run.stdout[-2000:] + run.stderr[-2000:]
+    step = torch.load(output / name, weights_only=True)["iteration"]
+    assert name == f"model_{step:07d}.pth"
+    assert f"SIGTERM: saved {name} after step {step}; go on with the same command" in run.stdout
+
+
+def test_on_a_full_disk_it_says_so_and_the_last_checkpoint_is_whole(troubled):
+    left, output = troubled
+    run, is_half_there, name = left["full"]
+    assert run.returncode == 1
+    sentence = run.stderr.splitlines()[-1]
+    assert sentence.startswith(f"error: The checkpoint '{output}/model_")
+    assert "cannot be written: [Errno 27] File too large;" in sentence
+    assert sentence.endswith(f"{output}/{name} is whole: make room, and go on with --resume.")
+    assert name == left["told"][2]
+    assert what_is_damaged(output / name) is None
+    assert not is_half_there
+
+
+def test_after_all_of_that_it_has_the_weights_of_one_that_was_never_interrupted(
+    troubled, uninterrupted
+):
+    left, output = troubled
+    run, is_half_there, name = left["finished"]
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert name == "model_final.pth"
+    assert not is_half_there
+    assert_equal(final_weights(output), uninterrupted[0])
 
 
 @pytest.mark.slow
@@ -131,39 +184,6 @@ def test_killed_at_fifty_random_moments_it_comes_to_the_same_weights(uninterrupt
         counts["at half a checkpoint"] += halves
         assert_equal(final_weights(output), wanted)
     print(counts)
-
-
-def test_told_to_end_it_saves_the_running_step_and_leaves(uninterrupted, tmp_path):
-    """The signal goes to the processes that load images, too, as a scheduler's does."""
-    command = training(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1000)
-    log = tmp_path / "log.txt"
-    assert wait_for(command, lambda: log.exists() and "Starting training" in log.read_text())
-    time.sleep(0.5)
-    for pid in all_processes(command):
-        os.kill(pid, signal.SIGTERM)
-    run = command.wait()
-    assert run.returncode == TERMINATED == 143, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "go on with the same command and --resume" in log.read_text()
-    name = (tmp_path / "last_checkpoint").read_text()
-    step = torch.load(tmp_path / name, weights_only=True)["iteration"]
-    assert name == f"model_{step:07d}.pth"
-    assert f"saved {name} after step {step};" in log.read_text()
-    assert training(tmp_path, kind=run_tool).returncode == 0
-    assert_equal(final_weights(tmp_path), uninterrupted[0])
-
-
-def test_on_a_full_disk_it_says_so_and_the_last_checkpoint_is_whole(uninterrupted, tmp_path):
-    short = ["SOLVER.MAX_ITER", 2]
-    assert training(tmp_path, *short, kind=run_tool).returncode == 0
-    run = training(tmp_path, largest_file=2**20, kind=run_tool)
-    assert run.returncode == 1
-    (sentence,) = run.stderr.splitlines()[-1:]
-    assert sentence.startswith(f"error: The checkpoint '{tmp_path}/model_0000002.pth' cannot be")
-    assert sentence.endswith(
-        f"{tmp_path}/model_final.pth is whole: make room, and go on with --resume."
-    )
-    assert not is_writing(tmp_path)
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 1
 
 
 class Counter(nn.Module):
