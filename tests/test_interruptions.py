@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import Command, run_tool
 from torch import nn
+from torch.multiprocessing import start_processes
 
 import sasa_det  # noqa: F401
 
@@ -298,10 +299,10 @@ def test_the_processes_that_a_tool_starts_are_told_too(tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=tell)
+    thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     with pytest.raises(SystemExit) as left, termination_passed_on():
-        torch.multiprocessing.spawn(leave_when_told, (tmp_path,), nprocs=2)
+        start_processes(leave_when_told, (tmp_path,), nprocs=2, start_method="fork")
     thread.join()
     assert left.value.code == TERMINATED
     assert sorted(path.name for path in tmp_path.glob("told*")) == ["told0", "told1"]
