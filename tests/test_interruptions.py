@@ -8,11 +8,14 @@ import signal
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import Command, run_tool
+from conftest import CONFIGS
 from torch import nn
 from torch.multiprocessing import start_processes
 
@@ -20,6 +23,8 @@ import sasa_det  # noqa: F401
 
 # isort: split
 from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, what_is_damaged
+from sasa_det.config import load_config
+from sasa_det.data import TrainLoader, build_train_mapper
 from sasa_det.distributed import TERMINATED, termination_passed_on
 
 # Two sizes and flips in another process: all that is random about the images.
@@ -185,6 +190,25 @@ def test_killed_at_fifty_random_moments_it_comes_to_the_same_weights(uninterrupt
         counts["at half a checkpoint"] += halves
         assert_equal(final_weights(output), wanted)
     print(counts)
+
+
+def drawn(start):
+    """What a model would draw in three steps from there on."""
+    options = ["SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(32,)"]
+    cfg = load_config(
+        str(CONFIGS / "demo.yaml"), [*options, "DATASETS.TRAIN", "('sasa_digits_val',)"]
+    )
+    loader = TrainLoader(cfg, build_train_mapper(cfg))
+    loader.start = start
+    batches = islice(loader, 3)
+    return [(float(torch.rand(())), np.random.rand(), random.random()) for _ in batches]
+
+
+def test_what_a_model_draws_at_random_depends_on_the_step_only():
+    first = drawn(0)
+    torch.rand(5)
+    assert drawn(1)[:2] == first[1:]
+    assert len({number for step in first for number in step}) == 9
 
 
 class Counter(nn.Module):
