@@ -52,17 +52,17 @@ class SpoiledTrainer(DoubleTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         mapper = build_train_mapper(cfg)
-        loader = TrainLoader(cfg, mapper)
-        index, _ = next(islice(loader.batches(), 1, 2))[1]
-        bad = loader.images[index]["file_name"]
 
         def spoil(record):
             mapped = mapper(record)
-            if mapped["file_name"] == bad:
+            if record["file_name"] == bad:
                 mapped["image"] = mapped["image"] * float("nan")
             return mapped
 
-        return TrainLoader(cfg, spoil)
+        loader = TrainLoader(cfg, spoil)
+        index, _ = next(islice(loader.batches(), 1, 2))[1]
+        bad = loader.images[index]["file_name"]
+        return loader
 
 
 def make_trainer(kind: type[Trainer], folder: Path, *overrides: str) -> Trainer:

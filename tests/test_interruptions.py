@@ -314,7 +314,7 @@ def leave_when_told(rank, folder):
 
     signal.signal(signal.SIGTERM, leave)
     (folder / f"ready{rank}").touch()
-    time.sleep(60)
+    time.sleep(20)
 
 
 def test_the_processes_that_a_tool_starts_are_told_too(tmp_path):
