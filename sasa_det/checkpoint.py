@@ -1,17 +1,155 @@
-"""What can be known of a checkpoint before a model starts from it."""
+"""Checkpoints that are whole or not there, and what can be known of one before a model starts."""
 
 import logging
+import os
 import pickle
 import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
+from detectron2.utils import comm
 
 from sasa_det.config import STAGES
 
 SHOWN_MISMATCHES = 3
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written, or none can be read; the message is for the user."""
+
+
+class WholeCheckpointer(DetectionCheckpointer):
+    """detectron2's ``DetectionCheckpointer`` that a kill, a full disk or a bad file costs no run.
+
+    A file appears under its name once all of it is on the disk. ``last_checkpoint`` names it after
+    that. Where the file that it names is damaged, the one written before it is resumed from.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Raises CheckpointError, which names the last whole one, if it cannot be written."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict()}
+        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
+        path = Path(self.save_dir) / f"{name}.pth"
+        for left_by_a_kill in path.parent.glob(".*.pth.part"):
+            left_by_a_kill.unlink()
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            save_whole({**content, **kwargs}, path)
+            self.tag_last_checkpoint(path.name)
+        except OSError as error:
+            last = self.get_checkpoint_file()
+            remedy = f"; {last} is whole: make room, and go on with --resume." if last else "."
+            raise CheckpointError(f"{error}{remedy}") from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(last_filename_basename, Path(self.save_dir) / "last_checkpoint")
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As detectron2's; all processes must call it.
+
+        Raises:
+            CheckpointError: to resume from, there are damaged checkpoints only.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.last_whole_checkpoint())
+        return self.load(path, checkpointables=[])
+
+    def last_whole_checkpoint(self) -> str:
+        """The path that ``last_checkpoint`` names or, after a warning, the newest that is whole."""
+        found = self._find_whole() if comm.is_main_process() else ("", "")
+        path, damage = comm.all_gather(found)[0]
+        if not path:
+            raise CheckpointError(
+                f"{damage}, and no other checkpoint in {self.save_dir!r} is whole; start without "
+                "--resume."
+            )
+        if damage:
+            logging.getLogger("detectron2").warning("%s; going on from %s.", damage, path)
+        return path
+
+    def _find_whole(self) -> tuple[str, str]:
+        """Its path, and what is wrong with those that should have come before it."""
+        folder = Path(self.save_dir)
+        name = (folder / "last_checkpoint").read_text(errors="replace").strip()
+        others = [Path(file) for file in self.get_all_checkpoint_files()]
+        # By the time of writing: an earlier training may have left later steps in the folder.
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        wrong = []
+        for path in dict.fromkeys([folder / name, *others]):
+            if not path.is_file():
+                tag = str(folder / "last_checkpoint")
+                wrong.append(f"{tag!r} names {name!r}, which is no file there")
+            elif damage := what_is_damaged(path):
+                wrong.append(f"The checkpoint {str(path)!r} is damaged: {damage}")
+            elif path.name == name or self._is_of_training(path):
+                return str(path), "; ".join(wrong)
+        return "", "; ".join(wrong)
+
+    def _is_of_training(self, path: Path) -> bool:
+        """Not only weights that somebody put there."""
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return all(key in content for key in self.checkpointables)
+
+
+def what_is_damaged(path: Path) -> str | None:
+    """None for a file of torch.save that has every byte as it was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()  # torch does not look at the checksums that it writes
+    except Exception as error:  # of nearly any kind, if bytes are any
+        return str(error)
+    return part and f"{part} has other bytes than were written"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write a file to, which takes its place once it is on the disk.
+
+    What lies at ``path`` stays, and nothing beside it, if the block raises or the disk is full.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        yield beside
+        with beside.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the name, too, outlives a machine that fails
+    os.close(folder)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(text)
+
+
+def save_whole(content: dict[str, Any], path: Path) -> None:
+    """Writes what torch.save makes of it, whole or not at all; what lies there is replaced.
+
+    Raises:
+        CheckpointError: if it cannot be written, with the reason.
+    """
+    try:
+        with whole_file(path) as beside, beside.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # torch puts an error of its own in front of the disk's.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        message = f"The checkpoint {str(path)!r} cannot be written: {reason}"
+        raise CheckpointError(message) from error
 
 
 def check_weights(path: str, cfg: CfgNode) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import ResNet
@@ -26,6 +25,7 @@ from fvcore.common.param_scheduler import (
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sasa_det.checkpoint import WholeCheckpointer
 from sasa_det.config import STAGES
 from sasa_det.data import classification as data
 from sasa_det.distributed import broadcast_buffers
@@ -33,6 +33,7 @@ from sasa_det.engine import AttentionEntropy
 from sasa_det.evaluation import RESULTS_FILE, write_results
 from sasa_det.modeling import make_sasa_resnet
 from sasa_det.optimizer import optimizer_params
+from sasa_det.termination import SaveOnTermination
 
 # The configs' MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, blue first.
 PIXEL_MEAN = (103.53, 116.28, 123.675)
@@ -170,7 +171,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
-class ClassifierCheckpointer(DetectionCheckpointer):
+class ClassifierCheckpointer(WholeCheckpointer):
     """Saves with what detectron2 needs to find ``res2...`` again as ``backbone.bottom_up.res2...``.
 
     Args:
@@ -260,6 +261,7 @@ class ClassifierTrainer(SimpleTrainer):
         if comm.is_main_process():
             period = self.steps_per_epoch
             built.append(hooks.PeriodicCheckpointer(self.checkpointer, period, max_to_keep=2))
+        built.append(SaveOnTermination(self.checkpointer))
         built.append(hooks.EvalHook(self.steps_per_epoch, self.test))
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(default_writers(self.output_dir, self.max_iter)))
@@ -336,10 +338,10 @@ def check_resume(output_dir: str, recipe: ClassifierRecipe, classes: list[str]) 
     Raises:
         ValueError: for one of other options or other classes; up to three of them are named.
     """
-    checkpointer = DetectionCheckpointer(nn.Module(), output_dir)
+    checkpointer = WholeCheckpointer(nn.Module(), output_dir)
     if not checkpointer.has_checkpoint():
         return
-    path = checkpointer.get_checkpoint_file()
+    path = checkpointer.last_whole_checkpoint()
     checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if "classifier" not in checkpoint:
         raise ValueError(f"The checkpoint {path} is not a classifier's; choose another --output.")

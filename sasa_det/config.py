@@ -60,6 +60,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Parts, one after the other, in which each process computes its share of IMS_PER_BATCH: less
     # memory for the same step. Learning rate, schedule and iterations stay what they are.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # How many batches of a training may be skipped because their loss or its gradient is not
+    # finite; one more stops it. Nothing is learned from them, but the schedule goes on.
+    cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
     # Of SOLVER.AMP.ENABLED: "float16", detectron2's, or "bfloat16", on the CPU too.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
@@ -112,6 +115,11 @@ def check_sasa_config(cfg: CfgNode) -> None:
         check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
     check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
     check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, _PRECISIONS)
+    if cfg.SOLVER.MAX_SKIPPED_BATCHES < 0:
+        raise ValueError(
+            "SOLVER.MAX_SKIPPED_BATCHES must be 0 or more, but is "
+            f"{cfg.SOLVER.MAX_SKIPPED_BATCHES}."
+        )
     if cfg.SOLVER.ACCUMULATION_STEPS < 1:
         raise ValueError(
             f"SOLVER.ACCUMULATION_STEPS must be 1 or more, but is {cfg.SOLVER.ACCUMULATION_STEPS}."

@@ -1,8 +1,13 @@
 """Starting a tool in several processes: by detectron2's launch, or by torchrun or whoever else."""
 
 import argparse
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -10,8 +15,12 @@ from detectron2.engine import launch as launch_by_detectron2
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 from sasa_det.compat import create_local_process_group
+
+# The exit status that shells report of a process that SIGTERM ended.
+TERMINATED = 128 + signal.SIGTERM
 
 # What torchrun tells each process that it starts.
 _TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -27,14 +36,15 @@ def launch(main: Callable, args: argparse.Namespace, *, device: str) -> None:
         device (str): where the model lives: the processes talk by NCCL on "cuda", Gloo on "cpu".
     """
     if not is_started_by_torchrun():
-        launch_by_detectron2(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        with termination_passed_on():
+            launch_by_detectron2(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -88,3 +98,39 @@ def broadcast_buffers(model: nn.Module) -> None:
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def any_process(is_true: bool) -> bool:
+    """Whether it is true in any process of the training; all of them must ask."""
+    if comm.get_world_size() == 1:
+        return is_true
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    is_true_anywhere = torch.tensor(float(is_true), device=device)
+    dist.all_reduce(is_true_anywhere, dist.ReduceOp.MAX)
+    return bool(is_true_anywhere)
+
+
+@contextmanager
+def termination_passed_on() -> Iterator[None]:
+    """Passes SIGTERM on to the processes that are started within, and leaves when they have.
+
+    Without such processes, it does what it would have done.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        children = [x for x in multiprocessing.active_children() if not x.daemon]
+        for process in children:
+            process.terminate()
+        if not children:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    except ProcessExitedException as error:
+        if error.exit_code not in (TERMINATED, -signal.SIGTERM):
+            raise
+        sys.exit(TERMINATED)
+    finally:
+        signal.signal(signal.SIGTERM, before)

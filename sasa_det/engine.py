@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from sasa_det.checkpoint import WholeCheckpointer
 from sasa_det.data import (
     TrainLoader,
     build_test_mapper,
@@ -26,15 +27,19 @@ from sasa_det.data import (
     garbage_collection_off,
 )
 from sasa_det.distributed import broadcast_buffers
+from sasa_det.divergence import DivergedError
 from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
 from sasa_det.layers import LocalSelfAttention2d, attention_layers, record_attention
 from sasa_det.modeling.norm import sync_batch_norm_on_cpu
 from sasa_det.optimizer import optimizer_params
+from sasa_det.termination import SaveOnTermination
 from sasa_det.train_step import StepTrainer
 
 
 class Trainer(DefaultTrainer):
     """detectron2's DefaultTrainer that evaluates by COCO's metrics and writes them as JSON."""
+
+    iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
         # What DefaultTrainer's does, but with our step, and for processes on CPUs as well.
@@ -58,11 +63,10 @@ class Trainer(DefaultTrainer):
             optimizer,
             num_parts=cfg.SOLVER.ACCUMULATION_STEPS,
             precision=getattr(torch, amp.PRECISION) if amp.ENABLED else torch.float32,
+            max_skipped=cfg.SOLVER.MAX_SKIPPED_BATCHES,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -118,9 +122,26 @@ class Trainer(DefaultTrainer):
         self.data_loader.seed = state_dict.get("data_seed", self.data_loader.seed)
 
     def build_hooks(self) -> list[HookBase]:
-        # Before the writers, which detectron2 puts last.
         hooks = super().build_hooks()
-        return [*hooks[:-1], AttentionEntropy(), *hooks[-1:]]
+        # After the checkpoints; who is told to end does not wait for the evaluation.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        ours = [AttentionEntropy(), SaveOnTermination(self.checkpointer)]
+        return [*hooks[:place], *ours, *hooks[place:]]
+
+    def run_step(self) -> None:
+        """Raises DivergedError after saving what it takes to repeat the step."""
+        step = self.iter
+        try:
+            super().run_step()
+        except DivergedError as error:
+            self.iter = step - 1  # all is as this one left it
+            name = f"model_before_{step:07d}"
+            self.checkpointer.save(name, iteration=self.iter, diverged=error.facts)
+            raise DivergedError(
+                f"{error}; {name}.pth has all from before it: --resume repeats the step, and with "
+                "SOLVER.MAX_SKIPPED_BATCHES goes on without it.",
+                error.facts,
+            ) from error
 
     def train(self) -> Any:
         with remedy_for_out_of_memory():

@@ -20,6 +20,8 @@ from detectron2.evaluation import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from sasa_det.checkpoint import write_text
+
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "evaluation.json"
 _logger = logging.getLogger("detectron2.evaluation.sasa_det")  # in detectron2's log.txt too
@@ -109,5 +111,5 @@ def write_results(results: dict[str, dict], path: Path) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(clean(results), indent=2) + "\n")
+    write_text(json.dumps(clean(results), indent=2) + "\n", path)
     _logger.info("Results written to %s", path)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,30 +40,71 @@ class Run:
     peak_memory: int
 
 
-def run_tool(*arguments: object, environment: dict | None = None, folder: Path = ROOT) -> Run:
-    """Runs ``python ARGUMENTS`` in ``folder``, with ``environment`` on top of what there is."""
-    with tempfile.TemporaryDirectory() as name:
-        files = Path(name)
+class Command:
+    """A command that runs: ``python ARGUMENTS`` in ``folder``; see :func:`run_tool`."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        environment: dict | None = None,
+        folder: Path = ROOT,
+        largest_file: int = resource.RLIM_INFINITY,
+    ) -> None:
+        self._files = tempfile.TemporaryDirectory()
         variables = {**os.environ, **(environment or {})}
-        process = _server.Process(
-            target=_run, args=([str(x) for x in arguments], variables, str(folder), files)
+        words = [str(x) for x in arguments]
+        self._process = _server.Process(
+            target=_run,
+            args=(words, variables, str(folder), Path(self._files.name), largest_file),
         )
-        process.start()
-        process.join()
-        peak = files / "peak"
-        return Run(
-            process.exitcode,
-            (files / "stdout").read_text(),
-            (files / "stderr").read_text(),
-            int(peak.read_text()) if peak.exists() else 0,
-        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    def join(self, seconds: float) -> None:
+        """Waits no longer than that."""
+        self._process.join(seconds)
+
+    def wait(self) -> Run:
+        self._process.join()
+        with self._files as name:
+            out, err, peak = (Path(name) / file for file in ("stdout", "stderr", "peak"))
+            return Run(
+                self._process.exitcode,
+                out.read_text() if out.exists() else "",
+                err.read_text() if err.exists() else "",
+                int(peak.read_text()) if peak.exists() else 0,
+            )
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str, files: Path) -> None:
+def run_tool(*arguments: object, **options: Any) -> Run:
+    """Runs ``python ARGUMENTS`` to the end.
+
+    Args:
+        environment (dict): on top of what there is.
+        folder (Path): to run in; that of the project, if not given.
+        largest_file (int): in bytes, that it can write, as if the disk were full then.
+    """
+    return Command(*arguments, **options).wait()
+
+
+def _run(
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
+    files: Path,
+    largest_file: int,
+) -> None:
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.flush()
         os.dup2(os.open(files / ("stdout", "stderr")[number - 1], os.O_CREAT | os.O_WRONLY), number)
         stream.reconfigure(line_buffering=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/ranks.py FOLDER
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ LOSSES = ("loss_cls", "loss_box_reg")
 SYNCHRONISED = ["MODEL.RESNETS.NORM", "SyncBN"]
 IN_PARTS = ["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
 IN_PARTS += ["MODEL.RESNETS.WIDTH_PER_GROUP", "32"]
+SPOILED = [*SYNCHRONISED, "SOLVER.MAX_SKIPPED_BATCHES", "3"]
 # Everything that a loader draws: order, size, flip; wide and high pictures apart.
 DRAWN = ["DATASETS.TRAIN", "('ranks_pictures',)", "INPUT.RANDOM_FLIP", "horizontal"]
 DRAWN += ["INPUT.MIN_SIZE_TRAIN", "(32, 48, 64)", "SOLVER.IMS_PER_BATCH", "4", "SEED", "3"]
@@ -42,6 +44,25 @@ class DoubleTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg):
         return super().build_model(cfg).double()
+
+
+class SpoiledTrainer(DoubleTrainer):
+    """The second image of the second batch, which the second of two ranks gets, is not finite."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        mapper = build_train_mapper(cfg)
+
+        def spoil(record):
+            mapped = mapper(record)
+            if record["file_name"] == bad:
+                mapped["image"] = mapped["image"] * float("nan")
+            return mapped
+
+        loader = TrainLoader(cfg, spoil)
+        index, _ = next(islice(loader.batches(), 1, 2))[1]
+        bad = loader.images[index]["file_name"]
+        return loader
 
 
 def make_trainer(kind: type[Trainer], folder: Path, *overrides: str) -> Trainer:
@@ -107,6 +128,9 @@ def main(args: argparse.Namespace) -> None:
         "in parts": train(folder / "parts", *IN_PARTS, "SOLVER.ACCUMULATION_STEPS", "2"),
         "batches": comm.gather(batches()),
     }
+    spoiled = train(folder / "spoiled", *SPOILED, kind=SpoiledTrainer)
+    results["skipped"] = comm.gather(spoiled.pop("trainer")._trainer.num_skipped)
+    results["spoiled"] = spoiled
     results["float32"] = train(folder / "float32", *SYNCHRONISED, kind=Trainer)["weights"]
     del results["in parts"]["trainer"]
     if comm.is_main_process():

@@ -75,6 +75,7 @@ def one(folder, two):
         "synchronised": synchronised,
         "AP": ranks.evaluate(trainer),
         "in parts": ranks.train(folder / "one_whole", *ranks.IN_PARTS),
+        "spoiled": ranks.train(folder / "one_spoiled", *ranks.SPOILED, kind=ranks.SpoiledTrainer),
     }
     torch.set_num_threads(threads)
 
@@ -96,11 +97,16 @@ def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one_with_the_whol
     assert wanted[0] != pytest.approx(wanted[-1], rel=1e-2)  # they are no constants
 
 
-@pytest.mark.parametrize("training", ["synchronised", "in parts"])
+@pytest.mark.parametrize("training", ["synchronised", "in parts", "spoiled"])
 def test_they_come_to_the_same_weights_and_statistics(one, two, training):
     wanted, actual = one[training]["weights"], two[training]["weights"]
     for name, tensor in wanted.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-7, atol=1e-8, msg=name)
+
+
+def test_both_skip_the_batch_whose_loss_is_not_finite_in_one(one, two):
+    assert one["spoiled"]["trainer"]._trainer.num_skipped == 1
+    assert two["skipped"] == [1, 1]
 
 
 def test_evaluation_shared_out_to_two_ranks_gives_the_figures_of_one(one, two):

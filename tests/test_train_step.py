@@ -1,5 +1,7 @@
 """A step in parts, and in mixed precision: what is equal to the plain step, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from sasa_det.config import check_processes, load_config
+from sasa_det.divergence import DivergedError
 from sasa_det.train_step import StepTrainer
 
 DEMO = str(CONFIGS / "demo.yaml")
@@ -123,3 +126,82 @@ def test_what_the_next_step_needs_is_in_the_state(whole):
     model.loss_normalizer = 100
     trainer.load_state_dict(state)
     assert model.loss_normalizer == 55.5
+
+
+def state_of(model, trainer):
+    moments = trainer.state_dict()["optimizer"]["state"]
+    tensors = [*model.state_dict().values(), *(x for y in moments.values() for x in y.values())]
+    return [x.clone() for x in tensors], model.loss_normalizer
+
+
+def make_trainer_with_a_bad_batch(bad, **options):
+    """After a good step; the gradient of one layer, or else one of the images, is not finite."""
+    model = make_model()
+    batches = make_batches(3)
+    for step, batch in enumerate(batches):
+        for number, picture in enumerate(batch):
+            picture["file_name"] = f"{step}{number}.png"
+    if bad == "image":
+        batches[1][1]["image"] = batches[1][1]["image"] * float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = StepTrainer(model, batches, optimizer, **options)
+    if bad == "gradient":
+        weight = model.backbone.fpn_lateral3.weight
+        weight.register_hook(lambda x: x * float("inf") if trainer.iter == 1 else x)
+    with EventStorage() as trainer.storage:
+        trainer.iter = 0
+        trainer.run_step()
+    return model, trainer
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("bad", ["image", "gradient"])
+def test_nothing_is_learned_from_a_batch_that_is_not_finite(bad, num_parts):
+    model, trainer = make_trainer_with_a_bad_batch(bad, num_parts=num_parts, max_skipped=1)
+    tensors, average = state_of(model, trainer)
+    with EventStorage() as trainer.storage:
+        for trainer.iter in (1, 2):
+            trainer.run_step()
+            if trainer.iter == 1:
+                now, average_now = state_of(model, trainer)
+                assert average_now == average
+                assert all(map(torch.equal, now, tensors))
+    assert trainer.num_skipped == 1
+    now, _ = state_of(model, trainer)
+    assert not all(map(torch.equal, now, tensors))
+    assert all(x.isfinite().all() for x in now)
+
+
+@pytest.mark.parametrize("bad", ["image", "gradient"])
+def test_one_such_batch_too_many_stops_with_step_losses_and_files(bad):
+    model, trainer = make_trainer_with_a_bad_batch(bad)
+    tensors, average = state_of(model, trainer)
+    trainer.iter = 1
+    with EventStorage() as trainer.storage, pytest.raises(DivergedError) as error:
+        trainer.run_step()
+    shown = "nan" if bad == "image" else r"\d\.\d+"
+    assert re.fullmatch(
+        rf"The loss or its gradient is not finite in step 1 \(loss_cls {shown}, loss_box_reg "
+        r".*\), whose batch is 10\.png, 11\.png, 12\.png, 13\.png",
+        str(error.value),
+    )
+    assert error.value.facts["files"] == ["10.png", "11.png", "12.png", "13.png"]
+    now, average_now = state_of(model, trainer)
+    assert average_now == average
+    assert all(map(torch.equal, now, tensors))
+
+
+def test_a_scale_that_is_too_great_is_the_scalers_business():
+    """With its scale at 1, infinite gradients are no overflow of scaled losses any more."""
+    model, trainer = make_trainer_with_a_bad_batch("gradient")
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    trainer.iter = 1
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+        assert trainer.grad_scaler.get_scale() == 1.0
+        assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+        assert trainer.num_skipped == 0
+        trainer.iter = 1
+        with pytest.raises(DivergedError):
+            trainer.run_step()

@@ -38,6 +38,7 @@ from sasa_det.analysis import ModelCost
 from sasa_det.analysis.progress import Pace, PlannedRun, duration, last_metrics
 from sasa_det.analysis.table2 import ROWS, RowResult, as_data, as_markdown, cell, count_as_tested
 from sasa_det.analysis.trainings import CONSOLE_FILE, Training, Trainings, recorded_seconds
+from sasa_det.checkpoint import write_text
 from sasa_det.evaluation import AP_NAMES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -310,16 +311,9 @@ def write_table(
         f"All processes together took {duration(facts['seconds'])}. The machine:\n",
         *(f"- {name}: {value}" for name, value in args.machine.items()),
     ]
-    write_whole(args.output / "table2.md", "\n".join(text) + "\n")
+    write_text("\n".join(text) + "\n", args.output / "table2.md")
     content = json.dumps({**facts, "rows": as_data(results)}, indent=2)
-    write_whole(args.output / "table2.json", content + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Not half, if this is stopped."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text)
-    beside.replace(path)
+    write_text(content + "\n", args.output / "table2.json")
 
 
 def say(text: str) -> None:

@@ -27,6 +27,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from sasa_det.checkpoint import CheckpointError
 from sasa_det.classification import ClassifierRecipe, ClassifierTrainer, check_resume
 from sasa_det.config import STAGES, STEMS
 from sasa_det.data.classification import FORMATS, load_images
@@ -34,6 +35,14 @@ from sasa_det.distributed import check_launch, launch, num_processes
 
 
 def main(args: argparse.Namespace) -> None:
+    """In each process; what the user can do something about ends in one sentence."""
+    try:
+        run(args)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
     if comm.is_main_process():
         Path(args.output).mkdir(parents=True, exist_ok=True)
     comm.synchronize()
@@ -163,6 +172,6 @@ if __name__ == "__main__":
     try:
         # Before processes are started: one sentence instead of a stack of frames from each.
         setup(arguments)
-    except (FileNotFoundError, ValueError) as error:
+    except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     launch(main, arguments, device="cuda" if arguments.cuda else "cpu")

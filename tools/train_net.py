@@ -20,19 +20,27 @@ import torch
 import sasa_det  # noqa: F401  (registers models and datasets; before detectron2, see compat.py)
 
 # isort: split
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
-from sasa_det.checkpoint import check_weights
+from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, check_weights
 from sasa_det.config import check_processes, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.distributed import check_launch, launch, num_processes
+from sasa_det.divergence import DivergedError
 from sasa_det.engine import Trainer
 
 
 def main(args: argparse.Namespace) -> None:
+    """In each process; what the user can do something about ends in one sentence."""
+    try:
+        run(args)
+    except (CheckpointError, DivergedError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = args.cfg
     default_setup(cfg, args)
     if comm.is_main_process():
@@ -42,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return

@@ -1,11 +1,18 @@
 """Training data whose batches depend on the step: not on processes, workers or interruptions."""
 
+import functools
+import multiprocessing
+import multiprocessing.util
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
@@ -16,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class TrainLoader:
     """The batches of detectron2's ``build_detection_train_loader``, from any step on.
 
-    One process sees what detectron2 gives it; several share each of its batches out. Augmentation
-    that draws from NumPy or from Python's ``random``, as detectron2's does, comes out the same for
-    the same step.
+    One process sees what detectron2 gives it; several share each of its batches out. What is drawn
+    at random for an image is the same for the same step, from NumPy, Python's ``random`` or torch.
+    So is what the model draws in a step: each batch comes with the process's generators seeded.
 
     Args:
         cfg (CfgNode): names datasets, sampler, batch size, grouping and workers.
@@ -44,12 +51,19 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator: it begins with the first step, when it is known which one that is.
-        yield from DataLoader(
+        is_ending = multiprocessing.Event()
+        # Before the workers are told to end, which the module does when its process exits.
+        multiprocessing.util.Finalize(None, is_ending.set, exitpriority=100)
+        batches = DataLoader(
             SeededImages(self.mapped),
             batch_sampler=TrainingBatches(self),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
+            worker_init_fn=functools.partial(_outlive_termination, is_ending),
         )
+        for step, batch in enumerate(batches, self.start):
+            _seed((self.seed, step, comm.get_rank()))
+            yield batch
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Without end, the index of an image and its place in the training."""
@@ -95,7 +109,22 @@ class SeededImages(Dataset):
 
     def __getitem__(self, index: tuple[int, tuple[int, int]]) -> Any:
         number, entropy = index
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
+        _seed(entropy)
         return self.images[number]
+
+
+def _seed(entropy: tuple[int, ...]) -> None:
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _outlive_termination(is_ending: Event, worker: int) -> None:
+    """Ignores the SIGTERM that schedulers send to all processes: the last step needs its images."""
+
+    def leave_if_ending(*signal_and_frame: Any) -> None:
+        if is_ending.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave_if_ending)

@@ -4,10 +4,8 @@ No file is trusted: nothing but arrays and tensors is taken out of it.
 """
 
 import dataclasses
-import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,8 @@ import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import Tensor
+
+from sasa_det.checkpoint import save_whole
 
 # Of detectron2's norms, and torch's.
 _EPS = 1e-5
@@ -116,15 +116,8 @@ def write_checkpoint(tensors: Mapping[str, Tensor], path: str) -> None:
         tensors (dict[str, Tensor]): a part of the state of the model, under its names.
         path (str): ends in .pth; what lies there is replaced.
     """
-    target = Path(path)
     model = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        partial = Path(folder) / target.name
-        try:
-            torch.save({"model": model}, partial)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"The checkpoint {path!r} cannot be written: {error}") from error
-        os.replace(partial, target)
+    save_whole({"model": model}, Path(path))
 
 
 def _load(path: str) -> Any:
