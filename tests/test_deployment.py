@@ -310,7 +310,5 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
 
 def test_a_missing_library_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        ImportError, match=r'needs onnxscript.*pip install "sasa_det\[deployment\]"'
-    ):
+    with pytest.raises(ImportError, match=r'needs onnxscript.*pip install -e "\.\[deployment\]"'):
         require("onnx", "onnxscript")
