@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export DETECTRON2_DATASETS ?= datasets
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint api clean
 
 demo: .venv/.built  ## train a small attention detector on the built-in dataset, and draw what it sees
 	$(BIN)/python tools/demo.py
@@ -11,10 +11,17 @@ demo: .venv/.built  ## train a small attention detector on the built-in dataset,
 test: .venv/.built  ## all tests
 	$(BIN)/python -m pytest
 
+test-all: .venv/.built  ## the slow ones too, and ten times as many drawn cases
+	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile long
+
 lint: .venv/.built  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+api: .venv/.built  ## the reference of all public classes and functions, as pages in output/api
+	$(BIN)/python -m pdoc --docformat google --math --output-directory output/api \
+		$(addprefix sasa_det.,ops layers modeling config data engine analysis)
 
 clean:  ## everything that the other targets made
 	rm -rf .venv build output datasets/sasa_digits* sasa_det.egg-info sasa_det/ops/native/*.so

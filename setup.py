@@ -37,7 +37,8 @@ setup(
     install_requires=["torch>=2.8"],
     extras_require={
         "detection": ["torchvision>=0.21", "pycocotools>=2.0.6", "fvcore>=0.1.5,<0.1.6"],
-        "demo": ["scikit-learn>=1.3", "matplotlib>=3.6"],
+        # detectron2's drawing of predictions needs OpenCV.
+        "demo": ["opencv-python-headless>=4.8", "scikit-learn>=1.3", "matplotlib>=3.6"],
         # What tools/benchmark.py compares with and draws with; it does without what is absent.
         "benchmark": ["matplotlib>=3.6", "timm>=1.0"],
         # What tools/export_model.py writes ONNX files with, and runs them.

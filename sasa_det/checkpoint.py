@@ -1,5 +1,6 @@
 """What can be known of a checkpoint before a model starts from it."""
 
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
-from torch import nn
+
+from sasa_det.config import STAGES
 
 SHOWN_MISMATCHES = 3
 
@@ -20,9 +22,12 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     stages that attend instead. Only local .pth files are looked into.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: with the first three mismatches.
     """
-    tensors = _tensors(path)
+    if path and "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
+    tensors = _read_tensors(path)
     if tensors is None:
         return
     theirs = _shapes(tensors)
@@ -48,6 +53,56 @@ def check_weights(path: str, cfg: CfgNode) -> None:
         )
 
 
+def warn_of_frozen_random_weights(cfg: CfgNode) -> None:
+    """Warns, in detectron2's log, of a backbone whose frozen layers no checkpoint fills.
+
+    detectron2's defaults freeze two stages and, in its own configs, all norms: right for the
+    weights of ImageNet that come with them. Such a training from random weights ends at an AP of
+    about zero, without an error.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    if weights and not _is_convolutional(weights):
+        return
+    sasa, freeze_at = cfg.MODEL.SASA, cfg.MODEL.BACKBONE.FREEZE_AT
+    parts = ("stem", *STAGES)
+    attentional = {"stem"} if sasa.STEM == "attention" else set()
+    attentional |= set(sasa.ATTENTION_STAGES)
+    random = attentional if weights else set(parts)
+    causes = []
+    if random & set(parts[:freeze_at]):
+        causes.append(f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}")
+    if random and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        causes.append("MODEL.RESNETS.NORM is FrozenBN")
+    if causes:
+        logging.getLogger("detectron2").warning(
+            "%s, but MODEL.WEIGHTS is %s: what is frozen stays as it was drawn at random, and the "
+            "AP near zero; set MODEL.BACKBONE.FREEZE_AT to 0 and MODEL.RESNETS.NORM to SyncBN, or "
+            "MODEL.WEIGHTS to a checkpoint of this backbone.",
+            " and ".join(causes),
+            f"{weights!r}, a model without attention" if weights else "empty",
+        )
+
+
+def _is_convolutional(weights: str) -> bool:
+    """Whether a checkpoint is known to have no attention."""
+    if weights.endswith(".pkl"):  # as detectron2's models come
+        return True
+    tensors = _read_tensors(weights) if Path(weights).is_file() else None
+    return tensors is not None and not any(".attention." in name for name in tensors)
+
+
+def _read_tensors(path: str) -> dict[str, torch.Tensor] | None:
+    """The tensors of a .pth file by name; None where they cannot be known."""
+    if "://" in path or not path.endswith(".pth"):
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (EOFError, pickle.UnpicklingError, RuntimeError):
+        return None  # which detectron2 will say more about
+    tensors = content.get("model", content)
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+
+
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     """Of the ResNet, whatever stands before its names."""
     found = {}
@@ -68,43 +123,3 @@ def shape_mismatch(name: str, theirs: torch.Size, ours: torch.Size) -> str:
     """Of a tensor in a checkpoint and in the model, in words."""
     there, here = ("x".join(map(str, shape)) or "a number" for shape in (theirs, ours))
     return f"{name} is {there} there and {here} in the model"
-
-
-def check_all_weights(path: str, model: nn.Module) -> None:
-    """Checks that a checkpoint has every parameter of a model: for whoever does not train it.
-
-    Only local .pth files are looked into.
-
-    Raises:
-        FileNotFoundError: if a local file does not exist.
-        ValueError: with the first three that are missing or of another shape.
-    """
-    if "://" not in path and not Path(path).is_file():
-        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
-    tensors = _tensors(path)
-    if tensors is None:
-        return
-    wrong = [
-        shape_mismatch(name, tensors[name].shape, ours.shape)
-        if name in tensors
-        else f"{name} is missing"
-        for name, ours in model.named_parameters()
-        if name not in tensors or tensors[name].shape != ours.shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"The checkpoint {path!r} of MODEL.WEIGHTS is of another architecture than the config: "
-            f"{'; '.join(wrong[:SHOWN_MISMATCHES])}; use the config that it was trained with."
-        )
-
-
-def _tensors(path: str) -> dict[str, torch.Tensor] | None:
-    """Of a local .pth file that torch can read."""
-    if not path.endswith(".pth") or "://" in path:
-        return None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        return None  # which detectron2 will say more about
-    tensors = content.get("model", content)
-    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}

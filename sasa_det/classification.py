@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
@@ -29,7 +28,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sasa_det.config import STAGES
 from sasa_det.data import classification as data
-from sasa_det.engine import RESULTS_FILE, AttentionEntropy, write_results
+from sasa_det.distributed import broadcast_buffers
+from sasa_det.engine import AttentionEntropy
+from sasa_det.evaluation import RESULTS_FILE, write_results
 from sasa_det.modeling import make_sasa_resnet
 from sasa_det.optimizer import optimizer_params
 
@@ -279,9 +280,7 @@ class ClassifierTrainer(SimpleTrainer):
     def test(self) -> dict[str, dict[str, float]]:
         """Evaluates the average on the validation images, and writes the figures."""
         recipe = self.recipe
-        if comm.get_world_size() > 1:
-            for buffer in self.average.module.buffers():
-                dist.broadcast(buffer, 0)
+        broadcast_buffers(self.average.module)
         transform = data.val_transform(recipe.data_format, recipe.image_size)
         images = data.TransformedImages(self.images[1], transform)
         loader = data.val_loader(images, self._batch_of_a_process(), self.num_workers)

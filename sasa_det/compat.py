@@ -1,4 +1,4 @@
-"""Stand-ins for what an installation of detectron2 0.5 from PyPI lacks.
+"""What differs between the detectron2 of PyPI and upstream's, and stand-ins for what it lacks.
 
 ``detectron2-cdo`` on PyPI is upstream's v0.5 as pure Python: without its compiled extension, and
 with names that newer Pillow and NumPy removed. :func:`fill_gaps` puts a stand-in only where
@@ -57,8 +57,37 @@ def fill_gaps() -> None:
         stand_in = _NotCompiled("detectron2._C")
         sys.modules["detectron2._C"] = stand_in
         detectron2._C = stand_in
+        sys.modules["detectron2.evaluation.fast_eval_api"] = _official_evaluation()
     if not _is_at_least_0_6(detectron2.__version__):
         _restore_removed_names()
+
+
+def create_local_process_group(num_processes: int) -> None:
+    """Tells detectron2 which processes share a machine; all of them must call it.
+
+    Args:
+        num_processes (int): on each machine.
+    """
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(num_processes)
+        return
+    for first in range(0, comm.get_world_size(), num_processes):
+        ranks = range(first, first + num_processes)
+        group = dist.new_group(list(ranks))
+        if comm.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _official_evaluation() -> ModuleType:
+    """COCO's evaluation for the compiled one, as later versions of detectron2 fall back to it."""
+    from pycocotools.cocoeval import COCOeval
+
+    module = ModuleType("detectron2.evaluation.fast_eval_api")
+    module.COCOeval_opt = COCOeval  # type: ignore[attr-defined]
+    return module
 
 
 def _is_at_least_0_6(version: str) -> bool:

@@ -13,6 +13,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 STEMS = ("conv", "attention")
 _CHOICES = {"STEM": STEMS, "POSITION": POSITIONS}
 _OPTIMIZERS = ("SGD", "ADAMW")
+_PRECISIONS = ("float16", "bfloat16")
 
 
 def add_sasa_config(cfg: CfgNode) -> None:
@@ -44,6 +45,9 @@ def add_sasa_config(cfg: CfgNode) -> None:
     # Attention for the 3x3 convolutions of the FPN's outputs. It always has a norm:
     # MODEL.FPN.NORM, or GN where that is empty.
     cfg.MODEL.SASA.FPN_ATTENTION = False
+    # Keep of each residual block only its input, and compute the rest again in the backward pass:
+    # less memory, more time, the same gradients.
+    cfg.MODEL.SASA.ACTIVATION_CHECKPOINTING = False
 
     # Train on squares of this side, in pixels, cut from or padded around the randomly scaled
     # image; 0 keeps the resizing of INPUT.MIN_SIZE_TRAIN.
@@ -53,6 +57,11 @@ def add_sasa_config(cfg: CfgNode) -> None:
     cfg.INPUT.MAX_SCALE = 2.0
     # "SGD" or "ADAMW"; the other SOLVER keys mean the same for both.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Parts, one after the other, in which each process computes its share of IMS_PER_BATCH: less
+    # memory for the same step. Learning rate, schedule and iterations stay what they are.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Of SOLVER.AMP.ENABLED: "float16", detectron2's, or "bfloat16", on the CPU too.
+    cfg.SOLVER.AMP.PRECISION = "float16"
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -102,6 +111,11 @@ def check_sasa_config(cfg: CfgNode) -> None:
     for key, allowed in _CHOICES.items():
         check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
     check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
+    check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, _PRECISIONS)
+    if cfg.SOLVER.ACCUMULATION_STEPS < 1:
+        raise ValueError(
+            f"SOLVER.ACCUMULATION_STEPS must be 1 or more, but is {cfg.SOLVER.ACCUMULATION_STEPS}."
+        )
     for stage in sasa.ATTENTION_STAGES:
         check_choice("MODEL.SASA.ATTENTION_STAGES", stage, STAGES)
     if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
@@ -114,6 +128,26 @@ def check_sasa_config(cfg: CfgNode) -> None:
             "attention stem no room; set MODEL.SASA.STEM to conv."
         )
     _check_channels(cfg)
+
+
+def check_processes(cfg: CfgNode, num_processes: int) -> None:
+    """Raises ValueError where the batch cannot be shared out, or the device lacks the precision."""
+    solver = cfg.SOLVER
+    batch = solver.IMS_PER_BATCH
+    if solver.REFERENCE_WORLD_SIZE:  # detectron2 will scale it
+        batch = batch * num_processes // solver.REFERENCE_WORLD_SIZE
+    shares = num_processes * solver.ACCUMULATION_STEPS
+    if batch % shares:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, which cannot be shared out to "
+            f"{num_processes} processes in {solver.ACCUMULATION_STEPS} parts each "
+            f"(SOLVER.ACCUMULATION_STEPS); choose a multiple of {shares}."
+        )
+    if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and cfg.MODEL.DEVICE == "cpu":
+        raise ValueError(
+            "SOLVER.AMP.PRECISION float16 needs a GPU; set it to bfloat16, or SOLVER.AMP.ENABLED "
+            "to False."
+        )
 
 
 def _check_channels(cfg: CfgNode) -> None:

@@ -1,39 +1,90 @@
-"""Training and evaluation: detectron2's trainer with our data, optimiser and evaluator."""
+"""Training and evaluation: detectron2's trainer with our data, step, optimiser and evaluator."""
 
-import json
 import logging
-import math
+import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from sasa_det.compat import has_compiled_operators
-from sasa_det.data import build_train_mapper
-from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.data import (
+    TrainLoader,
+    build_test_mapper,
+    build_train_mapper,
+    garbage_collection_off,
+)
+from sasa_det.distributed import broadcast_buffers
+from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
+from sasa_det.layers import LocalSelfAttention2d, attention_layers, record_attention
+from sasa_det.modeling.norm import sync_batch_norm_on_cpu
 from sasa_det.optimizer import optimizer_params
-
-AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-RESULTS_FILE = "evaluation.json"
+from sasa_det.train_step import StepTrainer
 
 
 class Trainer(DefaultTrainer):
     """detectron2's DefaultTrainer that evaluates by COCO's metrics and writes them as JSON."""
 
+    def __init__(self, cfg: CfgNode) -> None:
+        # What DefaultTrainer's does, but with our step, and for processes on CPUs as well.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        is_on_gpu = next(model.parameters()).is_cuda
+        model = create_ddp_model(
+            model,
+            device_ids=[comm.get_local_rank()] if is_on_gpu else None,
+            broadcast_buffers=False,
+        )
+        amp = cfg.SOLVER.AMP
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            num_parts=cfg.SOLVER.ACCUMULATION_STEPS,
+            precision=getattr(torch, amp.PRECISION) if amp.ENABLED else torch.float32,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
+            sync_batch_norm_on_cpu(model)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        with garbage_collection_off():  # the annotations of COCO load in half the time
+            return TrainLoader(cfg, build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -55,24 +106,34 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """With the optimiser's state, which detectron2 0.5 forgets and later ones save so."""
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            "data_seed": self.data_loader.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+        self.data_loader.seed = state_dict.get("data_seed", self.data_loader.seed)
 
     def build_hooks(self) -> list[HookBase]:
         # Before the writers, which detectron2 puts last.
         hooks = super().build_hooks()
         return [*hooks[:-1], AttentionEntropy(), *hooks[-1:]]
 
+    def train(self) -> Any:
+        with remedy_for_out_of_memory():
+            return super().train()
+
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return BoxEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> OrderedDict:
         """Evaluates on ``cfg.DATASETS.TEST`` and writes the figures to ``OUTPUT_DIR``."""
+        broadcast_buffers(model)  # the checkpoint has the first process's
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             names = cfg.DATASETS.TEST
@@ -91,73 +152,45 @@ class AttentionEntropy(HookBase):
 
     def __init__(self, period: int = 20) -> None:
         self.period = period
-        self._entropies: dict[nn.Module, float] = {}
-        self._handles: list[RemovableHandle] = []
+        self._recording = ExitStack()
+        self._entropies: dict[str, list[float]] = {}
 
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self.period == 0:
-            for module in self.trainer.model.modules():
-                if isinstance(module, LocalSelfAttention2d):
-                    self._handles.append(module.register_forward_pre_hook(self._look))
+            model = self.trainer.model
+            layers = attention_layers(model).items()
+            # Not the stem: its blocks are small, and its maps as large as the images.
+            names = [name for name, x in layers if isinstance(x, LocalSelfAttention2d)]
+            recording = record_attention(model, names, keep=mean_entropy, num_images=1)
+            self._entropies = self._recording.enter_context(recording)
 
     def after_step(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._entropies:
-            values = list(self._entropies.values())
+        self._recording.close()
+        values = [by_call[0] for by_call in self._entropies.values() if by_call]
+        if values:
             self.trainer.storage.put_scalars(
                 **{
                     "attention_entropy/mean": sum(values) / len(values),
                     "attention_entropy/least": min(values),
                 }
             )
-        self._handles, self._entropies = [], {}
-
-    @torch.no_grad()
-    def _look(self, module: LocalSelfAttention2d, inputs: tuple[torch.Tensor]) -> None:
-        if module not in self._entropies:
-            weights = module.attention_weights(inputs[0][:1])
-            self._entropies[module] = float(torch.special.entr(weights).sum(dim=2).mean())
+        self._entropies = {}
 
 
-class BoxEvaluator(COCOEvaluator):
-    """detectron2's COCOEvaluator, official or compiled as the installation allows.
-
-    A model that detects nothing has an AP of zero; detectron2 would report NaN.
-    """
-
-    def __init__(self, dataset_name: str, output_dir: str) -> None:
-        super().__init__(
-            dataset_name, output_dir=output_dir, use_fast_impl=has_compiled_operators()
-        )
-
-    def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
-    ) -> dict[str, float]:
-        if coco_eval is None:
-            coco_eval = self._evaluate_nothing(iou_type)
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
-
-    def _evaluate_nothing(self, iou_type: str) -> COCOeval:
-        logging.getLogger(__name__).warning("The model detected nothing above its score threshold.")
-        nothing = COCO()
-        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
-        nothing.createIndex()
-        coco_eval = COCOeval(self._coco_api, nothing, iou_type)
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-        return coco_eval
+def mean_entropy(layer: nn.Module, weights: torch.Tensor) -> float:
+    """Of attention weights (N, num_heads, k * k, H, W), in nats."""
+    return float(torch.special.entr(weights).sum(dim=2).mean())
 
 
-def write_results(results: dict[str, dict], path: Path) -> None:
-    """Writes {dataset: {"bbox": {"AP": ..., ...}}} as JSON; what COCO cannot compute is null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(clean(results), indent=2) + "\n")
-    logging.getLogger(__name__).info("Results written to %s", path)
+@contextmanager
+def remedy_for_out_of_memory() -> Iterator[None]:
+    """Puts the keys that save memory in front of the message of torch's out-of-memory errors."""
+    try:
+        yield
+    except RuntimeError as error:  # of CUDA, and of the CPU's allocator
+        if not isinstance(error, torch.OutOfMemoryError) and "t allocate memory" not in str(error):
+            raise
+        raise type(error)(
+            "Out of memory: set MODEL.SASA.ACTIVATION_CHECKPOINTING to True, or lower "
+            f"SOLVER.IMS_PER_BATCH or the size of the images. ({error})"
+        ) from error

@@ -5,6 +5,7 @@ read the environment when they are imported. Every command is a fork of it.
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
 import runpy
@@ -21,6 +22,11 @@ _SLOW_IMPORTS += ["fvcore.nn", "fvcore.common.checkpoint", "hydra", "omegaconf",
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(_SLOW_IMPORTS)
+
+
+def start_server() -> None:
+    """Before anybody else: a process has one such server, and what measures memory wants one."""
+    multiprocessing.forkserver.ensure_running()
 
 
 @dataclass

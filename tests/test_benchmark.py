@@ -139,6 +139,7 @@ def build_failure():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
 def test_peak_memory_is_that_of_the_step():
     peak = peak_memory(build_allocation, "cpu")
+    assert not isinstance(peak, str), peak
     assert peak.step == pytest.approx(ALLOCATED, rel=0.05)
     assert peak.total > ALLOCATED
     assert peak_memory(build_failure, "cpu") == "It cannot be built"

@@ -23,16 +23,10 @@ def test_the_full_size_model_trains_resumes_and_evaluates_on_the_cpu(coco_slice,
     assert max(r.peak_memory for r in (first, resumed, run)) < 12e9
 
 
-def test_a_small_full_attention_model_learns_eight_real_images_by_heart(coco_slice, tmp_path):
+def test_a_small_full_attention_model_learns_eight_real_images_by_heart(
+    eight_coco_images, tmp_path
+):
     """Gradients reach everything: the model finds again what it has seen."""
-    root = tmp_path / "coco"
-    annotations = coco_slice / "coco" / "annotations" / "instances_train2017.json"
-    subset = eight_images(json.loads(annotations.read_text()))
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (root / f"{split}2017").symlink_to(coco_slice / "coco" / "train2017")
-        path = root / "annotations" / f"instances_{split}2017.json"
-        path.write_text(json.dumps(subset))
     train_net(
         *("--config", "configs/retinanet_full_attn.yaml", "OUTPUT_DIR", tmp_path / "out"),
         *("MODEL.RESNETS.DEPTH", 26, "MODEL.RESNETS.WIDTH_PER_GROUP", 16),
@@ -44,21 +38,7 @@ def test_a_small_full_attention_model_learns_eight_real_images_by_heart(coco_sli
         *("DATALOADER.NUM_WORKERS", 0, "DATALOADER.ASPECT_RATIO_GROUPING", False),
         *("SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", 0.003, "SOLVER.IMS_PER_BATCH", 4),
         *("SOLVER.WARMUP_ITERS", 30, "SOLVER.MAX_ITER", 300, "SEED", 1),
-        datasets=tmp_path,
+        datasets=eight_coco_images,
     )
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert results["coco_2017_val"]["bbox"]["AP50"] > 90
-
-
-def eight_images(content):
-    """The eight images whose smallest object is the largest: few pixels are left at this size."""
-    smallest = {}
-    for annotation in content["annotations"]:
-        image_id = annotation["image_id"]
-        smallest[image_id] = min(smallest.get(image_id, float("inf")), annotation["area"])
-    chosen = set(sorted(smallest, key=smallest.__getitem__, reverse=True)[:8])
-    return {
-        **content,
-        "images": [image for image in content["images"] if image["id"] in chosen],
-        "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
-    }

@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog
 from sasa_det.analysis.progress import Pace, PlannedRun
 from sasa_det.config import load_config
 from sasa_det.data.digits import generate_digits
-from sasa_det.engine import AP_NAMES
+from sasa_det.evaluation import AP_NAMES
 
 CONVOLUTION, ATTENTION = ROWS = ("retinanet_conv", "retinanet_full_attn")
 # The demo's model on the smallest pictures; a checkpoint is there soon.

@@ -27,7 +27,8 @@ import sasa_det  # noqa: F401  (registers the models; before detectron2, see com
 # isort: split
 from detectron2.config import CfgNode
 
-from sasa_det.analysis import charts, comparison, environment, memory, report
+from sasa_det import env
+from sasa_det.analysis import charts, comparison, memory, report
 from sasa_det.analysis.comparison import Comparison
 from sasa_det.analysis.peers import PEERS, available_peers
 from sasa_det.analysis.timing import SLOW, SLOW_ROUNDS
@@ -87,7 +88,7 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.setting = Setting(args.device, args.dtype, args.batch)
-        self.environment = environment.describe(args.device)
+        self.environment = env.describe(args.device)
         self.left_out = {name: why for name, why in available_peers().items() if why is not None}
         self.peers = [name for name in PEERS if name not in self.left_out]
         if args.without_peers:

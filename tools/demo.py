@@ -15,8 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
-from torch import Tensor, nn
+from torch import nn
 
 import sasa_det  # noqa: F401  (registers models and datasets; before detectron2, see compat.py)
 
@@ -27,8 +26,11 @@ from detectron2.structures import Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from sasa_det.analysis.attention import look
+from sasa_det.analysis.attention_figures import draw_box, draw_window
 from sasa_det.config import load_config
-from sasa_det.engine import AP_NAMES, RESULTS_FILE, Trainer
+from sasa_det.engine import Trainer
+from sasa_det.evaluation import AP_NAMES, RESULTS_FILE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -88,49 +90,19 @@ def draw_detections(axis: plt.Axes, sample: dict, instances: Instances) -> None:
     for box, score, digit in zip(
         instances.pred_boxes.tensor.tolist(), instances.scores, instances.pred_classes
     ):
-        left, top, right, bottom = box
-        axis.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="lime", lw=1.5)
-        )
-        text = f"{int(digit)}: {score:.0%}"
-        label = {"facecolor": "lime", "edgecolor": "none", "pad": 1}
-        axis.text(left, top, text, fontsize=7, va="bottom", bbox=label, clip_on=True)
+        draw_box(axis, box, f"{int(digit)}: {score:.0%}")
 
 
 def draw_attention(axes: np.ndarray, model: nn.Module, sample: dict, detection: Instances) -> None:
-    """What each head of the classifier's last attention attends to from the detection's centre."""
-    weights, stride = head_attention(model, sample)  # (heads, k * k, H, W)
-    heads, window, height, width = weights.shape
-    radius = int(window**0.5) // 2
+    """What each head of the class tower's attention attends to from the detection's centre."""
     x, y = detection.pred_boxes.get_centers()[0].tolist()
-    row, col = min(int(y / stride), height - 1), min(int(x / stride), width - 1)
-    image = rgb(sample)
+    weights, extent = look(model, sample, "head.cls_subnet.0.attention").window((x, y))
     draw_detections(axes[0], sample, detection)
     axes[0].plot(x, y, "r+", markersize=12, markeredgewidth=2)
     axes[0].set_title("from the red cross:", fontsize=9)
-    for head, axis in zip(range(heads), axes[1:]):
-        heat = np.zeros((height + 2 * radius, width + 2 * radius))
-        window_at = weights[head, :, row, col].reshape(2 * radius + 1, -1)
-        heat[row : row + 2 * radius + 1, col : col + 2 * radius + 1] = window_at
-        heat = heat[radius : radius + height, radius : radius + width]
-        axis.imshow(image)
-        extent = (0, width * stride, height * stride, 0)
-        strength = 0.85 * heat / heat.max()  # the picture shows through where little is looked at
-        axis.imshow(heat, extent=extent, cmap="autumn", alpha=strength, interpolation="nearest")
-        axis.set_title(f"head {head + 1}, {heat.max():.0%} at most", fontsize=9)
-
-
-def head_attention(model: nn.Module, sample: dict) -> tuple[np.ndarray, int]:
-    """The attention of the last layer of the class tower on its finest level, and its stride."""
-    attention = model.head.cls_subnet[-1].attention
-    inputs: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad():
-        model([sample])
-        weights = attention.attention_weights(inputs[0])[0]
-    hook.remove()
-    stride = model.backbone.output_shape()[model.head_in_features[0]].stride
-    return weights.cpu().numpy(), stride
+    for head, (axis, by_head) in enumerate(zip(axes[1:], weights), start=1):
+        draw_window(axis, rgb(sample), by_head, extent, weights.max())
+        axis.set_title(f"head {head}, {by_head.max():.0%} at most", fontsize=9)
 
 
 def rgb(sample: dict) -> np.ndarray:

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 import sasa_det  # noqa: F401  (registers the models; before detectron2, see compat.py)
 
 # isort: split
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from sasa_det.analysis.timing import Steps, race, spread
-from sasa_det.checkpoint import check_all_weights
+from sasa_det.checkpoint import check_weights
 from sasa_det.config import load_config
 from sasa_det.deployment import (
     ExportedNetwork,
@@ -40,6 +39,7 @@ from sasa_det.deployment import (
     run_onnx,
 )
 from sasa_det.deployment.export import require
+from sasa_det.prediction import load_model
 
 # Of what eager computes, in the norm over all values of an output.
 TOLERANCE = 1e-4
@@ -71,7 +71,7 @@ def main() -> None:
     output = Path(args.output)
     check_arguments(args)
     cfg = load_config(args.config, [*args.opts, "MODEL.DEVICE", "cpu"])
-    network = network_of(load_model(cfg))
+    network = network_of(trained_or_random(cfg))
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"Exporting {args.config}: this takes a minute or more.", flush=True)
     if output.suffix == ".onnx":
@@ -112,17 +112,15 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"The file {path!r} of --beside does not exist.")
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
-    model = build_model(cfg).eval()
+def trained_or_random(cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.WEIGHTS:
-        check_all_weights(cfg.MODEL.WEIGHTS, model)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    else:
-        print(
-            "MODEL.WEIGHTS is empty: random weights are exported. Such a network can amplify "
-            "roundings a thousandfold, so the differences below are printed, not judged."
-        )
-    return model
+        check_weights(cfg.MODEL.WEIGHTS, cfg)
+        return load_model(cfg)
+    print(
+        "MODEL.WEIGHTS is empty: random weights are exported. Such a network can amplify "
+        "roundings a thousandfold, so the differences below are printed, not judged."
+    )
+    return build_model(cfg.clone()).eval()
 
 
 def metadata(cfg: CfgNode) -> dict[str, Any]:

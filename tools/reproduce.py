@@ -29,7 +29,7 @@ from sasa_det.analysis.reproduction import Table, Trained, trained_classifier, t
 from sasa_det.analysis.reproduction_report import as_csv, as_data, as_markdown
 from sasa_det.analysis.runs import find_runs, read_classifier, read_run
 from sasa_det.analysis.tradeoff import draw_tradeoff
-from sasa_det.engine import RESULTS_FILE
+from sasa_det.evaluation import RESULTS_FILE
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -33,11 +33,12 @@ import train_net
 import yaml
 from tabulate import tabulate
 
-from sasa_det.analysis import ModelCost, environment
+from sasa_det import env
+from sasa_det.analysis import ModelCost
 from sasa_det.analysis.progress import Pace, PlannedRun, duration, last_metrics
 from sasa_det.analysis.table2 import ROWS, RowResult, as_data, as_markdown, cell, count_as_tested
 from sasa_det.analysis.trainings import CONSOLE_FILE, Training, Trainings, recorded_seconds
-from sasa_det.engine import AP_NAMES
+from sasa_det.evaluation import AP_NAMES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HISTORY_FILE = "runs.jsonl"
@@ -92,7 +93,12 @@ def plan(args: argparse.Namespace) -> list[PlannedRun]:
             own = {**keys[row], "SEED": str(seed), "OUTPUT_DIR": str(folder)}
             overrides = [*args.opts, *(text for pair in own.items() for text in pair)]
             asked = argparse.Namespace(
-                config_file=str(args.config), opts=overrides, eval_only=False, resume=True
+                config_file=str(args.config),
+                opts=overrides,
+                eval_only=False,
+                resume=True,
+                num_gpus=args.num_gpus,
+                num_machines=1,
             )
             cfg = train_net.setup(asked)
             if len(cfg.DATASETS.TEST) != 1:
@@ -124,7 +130,7 @@ def describe_machine(args: argparse.Namespace, device: str) -> dict[str, Any]:
             f"--num-gpus is {args.num_gpus}, but there are "
             f"{torch.cuda.device_count() if on_gpu else 0} GPUs to train on here."
         )
-    machine = environment.describe("cuda" if on_gpu else "cpu")
+    machine = env.describe("cuda" if on_gpu else "cpu")
     if on_gpu:
         return {**machine, "GPUs": args.num_gpus}
     threads = max(1, machine["cores"] // args.jobs) if args.jobs > 1 else machine["threads"]

@@ -23,7 +23,6 @@ import torch
 import sasa_det  # noqa: F401  (before detectron2, see compat.py)
 
 # isort: split
-from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -31,6 +30,7 @@ from detectron2.utils.logger import setup_logger
 from sasa_det.classification import ClassifierRecipe, ClassifierTrainer, check_resume
 from sasa_det.config import STAGES, STEMS
 from sasa_det.data.classification import FORMATS, load_images
+from sasa_det.distributed import check_launch, launch, num_processes
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,11 +66,12 @@ def setup(args: argparse.Namespace) -> None:
     args.recipe = ClassifierRecipe(**options)
     args.cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bfloat16" if args.cuda else "float32")
-    processes = args.num_gpus * args.num_machines
+    check_launch(args, "cuda" if args.cuda else "cpu")
+    processes = num_processes(args)
     if args.batch_size % processes:
         raise ValueError(
-            f"--batch-size {args.batch_size} cannot be shared out to {processes} GPUs; choose a "
-            "multiple of them."
+            f"--batch-size {args.batch_size} cannot be shared out to {processes} processes; choose "
+            "a multiple of them."
         )
     if not 0 <= args.warmup_epochs < args.epochs:
         raise ValueError(
@@ -126,10 +127,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--dist-url", default="auto", help="of the first of several machines")
     args = parser.parse_args()
-    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
-        parser.error(
-            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}"
-        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
     return args
@@ -168,11 +165,4 @@ if __name__ == "__main__":
         setup(arguments)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch(main, arguments, device="cuda" if arguments.cuda else "cpu")

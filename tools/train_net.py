@@ -2,6 +2,7 @@
 """Trains and evaluates a box detector, of this package or of detectron2.
 
     python tools/train_net.py --config configs/retinanet_full_attn.yaml --num-gpus 8
+    torchrun --nproc-per-node 8 tools/train_net.py --config configs/retinanet_full_attn.yaml
     python tools/train_net.py --config configs/retinanet_full_attn.yaml --resume
     python tools/train_net.py --config configs/retinanet_full_attn.yaml --eval-only \
         MODEL.WEIGHTS output/model_final.pth
@@ -21,17 +22,22 @@ import sasa_det  # noqa: F401  (registers models and datasets; before detectron2
 # isort: split
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from sasa_det.checkpoint import check_weights
-from sasa_det.config import load_config
-from sasa_det.data import check_datasets
+from sasa_det.config import check_processes, load_config
+from sasa_det.data import check_config_datasets
+from sasa_det.distributed import check_launch, launch, num_processes
 from sasa_det.engine import Trainer
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = args.cfg
     default_setup(cfg, args)
+    if comm.is_main_process():
+        for warning in args.dataset_warnings:
+            logging.getLogger("detectron2").warning(warning)
     if cfg.MODEL.DEVICE == "cpu":
         logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
@@ -48,11 +54,13 @@ def main(args: argparse.Namespace) -> None:
 def setup(args: argparse.Namespace) -> CfgNode:
     """The checked config of the command line: what can be known to be wrong is said here.
 
+    What is doubtful about the datasets becomes ``args.dataset_warnings``, a sentence each.
+
     Raises:
         FileNotFoundError, ValueError: with one sentence for the user.
     """
     cfg = load_config(args.config_file, args.opts)
-    check_datasets([*([] if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
+    args.dataset_warnings = check_config_datasets(cfg, training=not args.eval_only)
     cfg.defrost()
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights and not args.resume:
@@ -60,13 +68,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
             "checkpoint of OUTPUT_DIR."
         )
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
     check_weights(weights, cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_launch(args, cfg.MODEL.DEVICE)
+    if not args.eval_only:
+        check_processes(cfg, num_processes(args))
     cfg.freeze()
     return cfg
 
@@ -77,10 +86,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.config_file:
         parser.error("--config FILE is missing, for instance configs/retinanet_full_attn.yaml")
-    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
-        parser.error(
-            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}"
-        )
     return args
 
 
@@ -91,11 +96,4 @@ if __name__ == "__main__":
         arguments.cfg = setup(arguments)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    launch(main, arguments, device=arguments.cfg.MODEL.DEVICE)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 
 from sasa_det.config import load_config
-from sasa_det.engine import RESULTS_FILE
+from sasa_det.evaluation import RESULTS_FILE
 
 CONFIG_FILE = "config.yaml"  # as detectron2's default_setup calls it
 METRICS_FILE = "metrics.json"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from sasa_det.engine import AP_NAMES
+from sasa_det.evaluation import AP_NAMES
 
 from .flops import ModelCost
 from .paper import FPN_ROW, TABLE_2

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sasa_det.config import load_config
-from sasa_det.engine import AP_NAMES
+from sasa_det.evaluation import AP_NAMES
 from sasa_det.modeling import make_sasa_resnet
 
 from .flops import ModelCost, count_network

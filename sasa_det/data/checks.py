@@ -1,10 +1,18 @@
 """What can be known about a dataset before a run starts."""
 
+import functools
 import os
-from collections.abc import Iterable
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .annotation_checks import check_annotations
+from .annotation_file import AnnotationFile, garbage_collection_off
+from .findings import ERROR, WARNING, Finding, Kind, Use
 
 
 def check_datasets(names: Iterable[str]) -> None:
@@ -32,3 +40,78 @@ def check_datasets(names: Iterable[str]) -> None:
                     f"DETECTRON2_DATASETS (now {root!r}) to the folder that holds your datasets, "
                     "for COCO 2017 with coco/annotations, coco/train2017 and coco/val2017 in it."
                 )
+
+
+def check_config_datasets(cfg: CfgNode, training: bool) -> list[str]:
+    """Checks the annotation files of DATASETS.TEST, and for training those of DATASETS.TRAIN.
+
+    No image is opened. What is not in COCO's format is not looked into, nor what is generated on
+    first use and not there yet.
+
+    Returns:
+        list[str]: a sentence for each kind of warning.
+
+    Raises:
+        ValueError: for the first dataset with an error, with one sentence.
+        FileNotFoundError, ValueError: as :func:`check_datasets`.
+    """
+    warnings = []
+    uses = [(name, True) for name in cfg.DATASETS.TRAIN] if training else []
+    uses += [(name, False) for name in cfg.DATASETS.TEST]
+    check_datasets([name for name, _ in uses])
+    for name, is_training in uses:
+        files = coco_files(name)
+        if files is None or not Path(files[0]).is_file():
+            continue
+        stamp = Path(files[0]).stat()
+        use = Use.of_config(cfg, is_training, name)
+        findings = _check_once(*files, use, (stamp.st_mtime_ns, stamp.st_size))
+        command = _full_check(*files, use)
+        for severity in (ERROR, WARNING):
+            sentences = _summaries(findings, use, severity, command)
+            if severity == ERROR and sentences:
+                raise ValueError(sentences[0])
+            warnings += sentences
+    return warnings
+
+
+def coco_files(name: str) -> tuple[str, str] | None:
+    """The annotation file and the image folder of a registered dataset in COCO's format."""
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if metadata.get("evaluator_type") != "coco" or json_file is None or image_root is None:
+        return None
+    return str(json_file), str(image_root)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_once(
+    json_file: str, image_root: str, use: Use, stamp: tuple[int, int]
+) -> tuple[Finding, ...]:
+    """Several runs of one process check an unchanged file once."""
+    with garbage_collection_off():
+        return tuple(check_annotations(AnnotationFile(json_file, image_root), use))
+
+
+def _summaries(findings: Sequence[Finding], use: Use, severity: str, command: str) -> list[str]:
+    """A sentence a kind: the first finding, how many there are, what comes of it, the command."""
+    first: dict[Kind, Finding] = {}
+    counts: Counter[Kind] = Counter()
+    for finding in findings:
+        first.setdefault(finding.kind, finding)
+        counts[finding.kind] += 1
+    sentences = []
+    for kind, finding in first.items():
+        effect = use.effect(kind)
+        if effect is None or effect.severity != severity:
+            continue
+        more = f" ({counts[kind] - 1:,} more like it)" if counts[kind] > 1 else ""
+        what = "training" if use.training else "evaluation"
+        sentences.append(f"{finding}{more}, and {what} {effect.text}; list all with: {command}")
+    return sentences
+
+
+def _full_check(json_file: str, image_root: str, use: Use) -> str:
+    options = [] if use.training else ["--evaluation"]
+    files = ["--annotations", json_file, "--images", image_root]
+    return shlex.join(["python", "tools/check_dataset.py", *files, *options])

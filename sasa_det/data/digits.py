@@ -69,6 +69,9 @@ def _register(variant: Variant, split: str) -> None:
         image_root=str(folder / split),
         evaluator_type="coco",
         generated=True,
+        # What reading the annotations says too; known before there are any.
+        thing_classes=list(map(str, range(10))),
+        thing_dataset_id_to_contiguous_id={digit + 1: digit for digit in range(10)},
     )
 
 

@@ -82,6 +82,13 @@ class LocalSelfAttention2d(nn.Module):
             kernel_size=self.kernel_size,
         )
 
+    def window_corner(self, row: int, col: int) -> tuple[int, int]:
+        """Row and column of the first position of the window that (row, col) attends to.
+
+        The first of :meth:`attention_weights` is its weight; it may lie outside the map.
+        """
+        return row - self.kernel_size // 2, col - self.kernel_size // 2
+
     def _with_position(self, x: Tensor) -> Tensor:
         return x + sinusoidal_encodings(x) if self.position == "absolute" else x
 

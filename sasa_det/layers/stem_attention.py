@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sasa_det.ops import stem_attention, stem_attention_pooled
+from sasa_det.ops import stem_attention, stem_attention_pooled, stem_attention_weights
 from sasa_det.ops.checks import check_heads
 
 from .local_attention import init_projection, make_embeddings
@@ -84,6 +84,26 @@ class StemSelfAttention2d(nn.Module):
             self.rel_cols,
             num_heads=self.num_heads,
         )
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What each pixel attends to in its block: (N, num_heads, block_size**2, H, W).
+
+        They sum to one; row by row from the block's top left.
+        """
+        query_weight, key_weight = self.query_key_weight.chunk(2)
+        return stem_attention_weights(
+            x,
+            query_weight,
+            key_weight,
+            self.rel_rows,
+            self.rel_cols,
+            num_heads=self.num_heads,
+            block_size=self.block_size,
+        )
+
+    def window_corner(self, row: int, col: int) -> tuple[int, int]:
+        """As in :class:`LocalSelfAttention2d`: of the block that holds the pixel (row, col)."""
+        return row - row % self.block_size, col - col % self.block_size
 
     def pooled(self, x: Tensor, channel_sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`sasa_det.ops.stem_attention_pooled`.

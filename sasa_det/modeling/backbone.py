@@ -10,9 +10,11 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from torch import nn
 
+from sasa_det.checkpoint import warn_of_frozen_random_weights
 from sasa_det.config import STAGES, STEMS, check_choice, check_sasa_config
 
 from .blocks import AttentionBottleneckBlock, AttentionStem
+from .checkpointing import checkpoint_stages
 from .fpn import AttentionFPN
 
 _BLOCKS_PER_STAGE = {
@@ -44,6 +46,7 @@ def make_sasa_resnet(
     num_classes: int | None = None,
     out_features: Sequence[str] | None = None,
     freeze_at: int = 0,
+    activation_checkpointing: bool = False,
 ) -> ResNet:
     """detectron2's ResNet with the stem and the stages named here made of attention.
 
@@ -60,6 +63,7 @@ def make_sasa_resnet(
         num_groups, stride_in_1x1: of convolutional blocks, as in detectron2's ``BottleneckBlock``.
         num_classes (int or None): if given, a classifier, as in the paper's Table 1.
         out_features, freeze_at: as in detectron2's ``ResNet``.
+        activation_checkpointing (bool): keep of each block its input only, in training.
 
     Raises:
         ValueError: for an unknown depth or channels that the heads do not divide.
@@ -107,7 +111,8 @@ def make_sasa_resnet(
             )
         )
         channels, out_channels = out_channels, out_channels * 2
-    return ResNet(stem_module, stages, num_classes, out_features, freeze_at)
+    resnet = ResNet(stem_module, stages, num_classes, out_features, freeze_at)
+    return checkpoint_stages(resnet) if activation_checkpointing else resnet
 
 
 @BACKBONE_REGISTRY.register()
@@ -124,7 +129,7 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             "The attention ResNets have no dilated and no deformable stages; "
             "leave MODEL.RESNETS.RES5_DILATION at 1 and DEFORM_ON_PER_STAGE at False."
         )
-    return make_sasa_resnet(
+    resnet = make_sasa_resnet(
         depth=resnets.DEPTH,
         stem=sasa.STEM,
         stem_mixed_values=sasa.STEM_MIXED_VALUES,
@@ -142,7 +147,11 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         stride_in_1x1=resnets.STRIDE_IN_1X1,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        activation_checkpointing=sasa.ACTIVATION_CHECKPOINTING,
     )
+    if not any(parameter.is_meta for parameter in resnet.parameters()):  # nobody trains on meta
+        warn_of_frozen_random_weights(cfg)
+    return resnet
 
 
 @BACKBONE_REGISTRY.register()

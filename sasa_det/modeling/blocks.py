@@ -57,7 +57,7 @@ class AttentionStem(CNNBlockBase):
 
     def _may_pool_first(self) -> bool:
         norm = self.norm
-        if not is_batch_norm(norm) or has_hooks(norm):
+        if not is_batch_norm(norm) or has_hooks(norm) or has_hooks(self.attention):
             return False
         return getattr(norm, "process_group", None) is None
 

@@ -1,5 +1,7 @@
 """A feature pyramid whose output convolutions are attention: a step beyond the paper."""
 
+from typing import Any
+
 from detectron2.modeling import FPN
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
@@ -20,7 +22,13 @@ class AttentionFPN(FPN):
     """
 
     def __init__(
-        self, *, kernel_size: int, num_heads: int, position: str, norm: str = "", **options
+        self,
+        *,
+        kernel_size: int = 7,
+        num_heads: int = 8,
+        position: str = "relative",
+        norm: str = "",
+        **options: Any,
     ) -> None:
         super().__init__(norm=norm, **options)
         channels = options["out_channels"]

@@ -1,4 +1,4 @@
-"""Norms around attention: the one in front of it, and batch norm of the pooled stem."""
+"""Norms: the one in front of attention, batch norm of the pooled stem, batch norm over CPUs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, get_norm
 from detectron2.utils.comm import get_world_size
-from fvcore.nn.distributed import differentiable_all_reduce
+from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_reduce
 from torch import Tensor, nn
 
 
@@ -29,7 +29,7 @@ def attention_norm(norm: str, channels: int) -> nn.Module:
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether it is a batch norm that keeps running statistics, and no more than that."""
     # Exactly these: detectron2's NaiveSyncBatchNorm, a subclass, averages in its own way.
-    kinds = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    kinds = (nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, CPUSyncBatchNorm, FrozenBatchNorm2d)
     return type(norm) in kinds and norm.running_mean is not None
 
 
@@ -55,7 +55,7 @@ def batch_norm_of_maximum(
         mean = sign.to(norm.running_mean.dtype) * norm.running_mean
         return F.batch_norm(maximum, mean, norm.running_var, weight, norm.bias, eps=norm.eps)
     moments = torch.cat([total, square_total, total.new_tensor([count])])
-    if isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1:
+    if isinstance(norm, (nn.SyncBatchNorm, CPUSyncBatchNorm)) and get_world_size() > 1:
         moments = differentiable_all_reduce(moments)
     total, square_total, positions = moments.split([len(total), len(total), 1])
     mean = total / positions
@@ -84,3 +84,39 @@ def _update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> Non
         momentum = 1.0 / float(norm.num_batches_tracked)
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """Synchronised batch norm for processes on CPUs, which torch's own refuses.
+
+    The statistics are those of all positions of all processes, as if one process had them all.
+    It is no subclass of torch's, because DistributedDataParallel refuses those as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or get_world_size() == 1:
+            return super().forward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        moments = torch.stack(differentiable_all_gather(torch.stack([mean, variance, count])))
+        means, variances, counts = moments.unbind(dim=1)
+        total = counts.sum(dim=0)
+        share = counts / total
+        mean = (share * means).sum(dim=0)
+        variance = (share * (variances + (means - mean).square())).sum(dim=0)
+        _update_running_statistics(self, mean, variance * total / (total - 1).clamp(1))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        shift = self.bias - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+def sync_batch_norm_on_cpu(model: nn.Module) -> nn.Module:
+    """The model with each of its ``SyncBatchNorm`` replaced by one that works on CPUs, in place."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.SyncBatchNorm:
+                norm = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm.train(child.training))
+    return model

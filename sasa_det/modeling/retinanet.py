@@ -1,12 +1,16 @@
 """RetinaNet whose head may be made of attention."""
 
 import math
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
-from torch import nn
+from detectron2.utils.comm import get_world_size
+from torch import Tensor, nn
 
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
@@ -16,7 +20,24 @@ from .norm import attention_norm
 
 @META_ARCH_REGISTRY.register()
 class SASARetinaNet(RetinaNet):
-    """detectron2's RetinaNet; with ``MODEL.SASA.HEAD_ATTENTION`` its head is made of attention."""
+    """detectron2's RetinaNet; with ``MODEL.SASA.HEAD_ATTENTION`` its head is made of attention.
+
+    Its losses are divided by the moving average of a batch's foreground anchors. detectron2 takes
+    the average in each process by itself; here it is that of the whole batch, so that training does
+    not depend on how a batch is shared out to processes and parts.
+
+    Attributes:
+        num_parts (int): forward passes that a process needs for its share of a batch. With more
+            than one, :meth:`end_batch` must follow the last.
+        loss_normalizer (float): the moving average.
+    """
+
+    num_parts = 1
+    # Later versions of detectron2 create it in the first step.
+    loss_normalizer: float = 100
+    loss_normalizer_momentum = 0.9
+    # Of the batch so far, in this process.
+    _foreground: Tensor | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -28,6 +49,54 @@ class SASARetinaNet(RetinaNet):
             input_shape = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
             arguments["head"] = AttentionRetinaNetHead(cfg, input_shape)
         return arguments
+
+    def losses(
+        self,
+        anchors: Any,
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        # Sums over all anchors, for which the precisions of autocast are too coarse.
+        logits, deltas = (
+            [x.to(torch.promote_types(x.dtype, torch.float32)) for x in predictions]
+            for predictions in (pred_logits, pred_anchor_deltas)
+        )
+        average = self.loss_normalizer
+        # TorchScript optimises the focal loss in its third run, which changes the last bits: on the
+        # CPU a resumed training is to equal an uninterrupted one.
+        with torch.jit.optimized_execution(logits[0].device.type != "cpu"):
+            losses = super().losses(anchors, logits, gt_labels, deltas, gt_boxes)
+        average_here, self.loss_normalizer = self.loss_normalizer, average
+        labels = torch.stack(gt_labels)
+        foreground = ((labels >= 0) & (labels != self.num_classes)).sum()
+        self._foreground = foreground if self._foreground is None else self._foreground + foreground
+        if self.num_parts == 1:
+            self._update_average()
+        # The processes' and the parts' gradients are averaged, but these sums belong together.
+        shares = get_world_size() * self.num_parts
+        scale = shares * average_here / self.loss_normalizer
+        return {name: loss * scale for name, loss in losses.items()}
+
+    def end_batch(self) -> float:
+        """After the last part: what the losses and gradients of the batch are to be multiplied by.
+
+        Each part was divided by the average before the batch, as its foreground was unknown yet.
+        """
+        before = self.loss_normalizer
+        self._update_average()
+        return before / self.loss_normalizer
+
+    def _update_average(self) -> None:
+        foreground = self._foreground
+        assert foreground is not None
+        if get_world_size() > 1:
+            dist.all_reduce(foreground)
+        momentum = self.loss_normalizer_momentum
+        new = max(int(foreground), 1)
+        self.loss_normalizer = momentum * self.loss_normalizer + (1 - momentum) * new
+        self._foreground = None
 
 
 class AttentionRetinaNetHead(RetinaNetHead):

@@ -6,6 +6,7 @@ from .functional import (
     local_attention_weights,
     stem_attention,
     stem_attention_pooled,
+    stem_attention_weights,
 )
 from .projected import projected_attention
 
@@ -16,5 +17,6 @@ __all__ = [
     "projected_attention",
     "stem_attention",
     "stem_attention_pooled",
+    "stem_attention_weights",
     "use_backend",
 ]

@@ -41,6 +41,14 @@ def backward(call: StemCall, grad_output: Tensor, image_gradient: bool) -> list[
     return [from_blocks(torch.cat(grad_pixels, dim=1), call), *grads_of_parameters]
 
 
+def weights(call: StemCall) -> Tensor:
+    """(N, heads, B * B, H, W); zero for the positions that are outside the image."""
+    call = call._replace(image=call.image.to(compute_dtype(call.image.dtype)))
+    blocks = Blocks(call)
+    by_chunk = [blocks.stem.weights(*chunk) for chunk in blocks.chunks()]
+    return from_blocks(torch.cat(by_chunk, dim=1), call).unflatten(1, (call.num_heads, -1))
+
+
 class Blocks:
     """The blocks of a call's images, and the stem's attention in them.
 
@@ -128,6 +136,10 @@ class Stem:
         """(P, T, C_in) pixels to (P, T, C); keys that are ``outside`` (P, T) take no part."""
         *_, value, weights = self._attend(pixels, outside)
         return self._merge(torch.bmm(weights, value))
+
+    def weights(self, pixels: Tensor, outside: Tensor | None) -> Tensor:
+        """(P, T, C_in) pixels to (P queries, T, heads * P keys)."""
+        return self._merge(self._attend(pixels, outside)[-1])
 
     def backward(
         self, grad: Tensor, pixels: Tensor, outside: Tensor | None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager, registration
+from . import eager, eager_stem, registration
 from .calls import AttentionCall, StemCall
 from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
 
@@ -131,6 +131,36 @@ def stem_attention(
     """
     tensors = (image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols)
     return registration.stem_attention_op(*_stem_call(tensors, num_heads))
+
+
+def stem_attention_weights(
+    image: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    rel_rows: Tensor | None,
+    rel_cols: Tensor | None,
+    *,
+    num_heads: int,
+    block_size: int,
+) -> Tensor:
+    """The softmax of :func:`stem_attention` itself, for looking at it; B * B times its memory.
+
+    Args:
+        image, query_weight, key_weight, rel_rows, rel_cols, num_heads: as in
+            :func:`stem_attention`.
+        block_size (int): the block's side B.
+
+    Returns:
+        Tensor[N, num_heads, block_size ** 2, H, W]: float32 (float64 for float64 images); for each
+        position the positions of its block row by row from the top left; zero where the block
+        leaves the image. Not differentiable.
+    """
+    with torch.no_grad():
+        # The weights do not depend on the values.
+        value_weights = key_weight[None]
+        mixture = key_weight.new_ones(1, block_size, block_size)
+        tensors = (image, query_weight, key_weight, value_weights, mixture, rel_rows, rel_cols)
+        return eager_stem.weights(_stem_call(tensors, num_heads))
 
 
 def stem_attention_pooled(

@@ -1,0 +1,90 @@
+"""Starting a tool in several processes: by detectron2's launch, or by torchrun or whoever else."""
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as launch_by_detectron2
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+from torch import nn
+
+from sasa_det.compat import create_local_process_group
+
+# What torchrun tells each process that it starts.
+_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def launch(main: Callable, args: argparse.Namespace, *, device: str) -> None:
+    """Runs ``main(args)`` in every process of the training.
+
+    Under torchrun, this process is one of them. Otherwise detectron2 starts them, one for each GPU.
+
+    Args:
+        args: of detectron2's ``default_argument_parser``.
+        device (str): where the model lives: the processes talk by NCCL on "cuda", Gloo on "cpu".
+    """
+    if not is_started_by_torchrun():
+        launch_by_detectron2(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Longer than torch's own: the others wait while the first process evaluates.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    try:
+        create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        comm.synchronize()
+        main(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_launch(args: argparse.Namespace, device: str) -> None:
+    """Raises ValueError, in one sentence, where the processes asked for cannot be started."""
+    gpus = torch.cuda.device_count()
+    if is_started_by_torchrun():
+        if args.num_gpus != 1 or args.num_machines != 1:
+            raise ValueError(
+                "--num-gpus and --num-machines are not for torchrun, which started this already; "
+                "give torchrun --nproc-per-node and --nnodes instead."
+            )
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.startswith("cuda") and local > gpus:
+            raise ValueError(
+                f"torchrun started {local} processes here, but this machine has {gpus} GPUs; give "
+                f"it --nproc-per-node {gpus}."
+            )
+    elif args.num_gpus > 1 and args.num_gpus > gpus:
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {gpus}; several processes on "
+            f"CPUs are started by torchrun --nproc-per-node {args.num_gpus}."
+        )
+
+
+def is_started_by_torchrun() -> bool:
+    """Or by whatever else sets the same environment variables."""
+    return all(name in os.environ for name in _TOLD)
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """Of the whole training, before they talk to each other."""
+    if is_started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return args.num_gpus * args.num_machines
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives all processes the first one's buffers: batch norms that are not synchronised differ."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

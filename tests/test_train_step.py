@@ -1,0 +1,125 @@
+"""A step in parts, and in mixed precision: what is equal to the plain step, and what is refused."""
+
+import pytest
+import torch
+
+import sasa_det  # noqa: F401
+
+# isort: split
+import detectron2.modeling.meta_arch.retinanet as detectron2_retinanet
+from conftest import CONFIGS
+from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from sasa_det.config import check_processes, load_config
+from sasa_det.train_step import StepTrainer
+
+DEMO = str(CONFIGS / "demo.yaml")
+# No norm looks at other images of a batch.
+GROUP_NORMS = ["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
+GROUP_NORMS += ["MODEL.RESNETS.WIDTH_PER_GROUP", "32"]
+
+
+def make_model(*overrides):
+    torch.manual_seed(0)
+    return build_model(load_config(DEMO, overrides))
+
+
+def make_batches(steps, size=4):
+    generator = torch.Generator().manual_seed(0)
+
+    def picture(number):
+        boxes = torch.rand(1 + number, 2, generator=generator) * 30
+        objects = Instances((64, 64))
+        objects.gt_boxes = Boxes(torch.cat([boxes, boxes + 20], dim=1))
+        objects.gt_classes = torch.arange(1 + number)
+        image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+        return {"image": image, "instances": objects}
+
+    return [[picture(number) for number in range(size)] for _ in range(steps)]
+
+
+def train(model, kind=StepTrainer, steps=4, **options):
+    """The sum of the losses of each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    batches = make_batches(steps)
+    trainer = kind(model, batches, optimizer, **options)
+    losses = []
+    with EventStorage() as trainer.storage:
+        for trainer.iter in range(len(batches)):
+            trainer.run_step()
+            losses.append(trainer.storage.latest()["total_loss"][0])
+    return losses
+
+
+@pytest.fixture(scope="module")
+def whole():
+    model = make_model(*GROUP_NORMS)
+    return train(model), model
+
+
+def test_it_is_detectron2s_step_bit_for_bit(whole):
+    losses, model = whole
+    theirs = make_model(*GROUP_NORMS)
+    # detectron2's own loss, too.
+    theirs.losses = detectron2_retinanet.RetinaNet.losses.__get__(theirs)
+    with torch.jit.optimized_execution(False):
+        assert train(theirs, SimpleTrainer) == losses
+    assert theirs.loss_normalizer == model.loss_normalizer != 100
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def whole_in_double():
+    model = make_model(*GROUP_NORMS).double()
+    return train(model, steps=2), model
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_a_batch_in_parts_is_the_whole_batch(num_parts, whole_in_double):
+    losses, model = whole_in_double
+    in_parts = make_model(*GROUP_NORMS).double()
+    # detectron2 computes the focal loss in float32 whatever it is given.
+    assert train(in_parts, steps=2, num_parts=num_parts) == pytest.approx(losses, rel=5e-7)
+    assert in_parts.loss_normalizer == pytest.approx(model.loss_normalizer, rel=1e-12)
+    for name, tensor in model.state_dict().items():
+        actual = in_parts.state_dict()[name]
+        torch.testing.assert_close(actual, tensor, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_bfloat16_trains_on_the_cpu_with_losses_near_those_of_float32(whole):
+    model = make_model(*GROUP_NORMS)
+    seen = set()
+    model.backbone.register_forward_hook(lambda *call: seen.add(call[-1]["p3"].dtype))
+    losses = train(model, precision=torch.bfloat16, num_parts=2)
+    assert seen == {torch.bfloat16}
+    assert losses == pytest.approx(whole[0], rel=0.02)
+    assert losses != pytest.approx(whole[0], rel=1e-6)
+    assert {x.dtype for x in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "sentence"),
+    [
+        (["SOLVER.AMP.ENABLED", "True"], 1, "SOLVER.AMP.PRECISION float16 needs a GPU; set it to"),
+        ([], 3, "SOLVER.IMS_PER_BATCH is 4, which cannot be shared out to 3 processes in 1 parts"),
+        (["SOLVER.ACCUMULATION_STEPS", "4"], 2, "choose a multiple of 8"),
+    ],
+)
+def test_a_batch_or_precision_that_cannot_be_is_refused(overrides, processes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_processes(load_config(DEMO, overrides), processes)
+
+
+def test_what_the_next_step_needs_is_in_the_state(whole):
+    model = make_model(*GROUP_NORMS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = StepTrainer(model, [], optimizer)
+    model.loss_normalizer = 55.5
+    state = trainer.state_dict()
+    model.loss_normalizer = 100
+    trainer.load_state_dict(state)
+    assert model.loss_normalizer == 55.5
