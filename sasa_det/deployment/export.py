@@ -102,7 +102,7 @@ def require(*modules: str) -> None:
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"Exporting to ONNX and running it needs {module}, which is not installed: "
-                'pip install "sasa_det[deployment]".'
+                'pip install -e ".[deployment]".'
             ) from error
 
 
