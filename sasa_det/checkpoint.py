@@ -1,11 +1,12 @@
 """What can be known of a checkpoint before a model starts from it."""
 
-import pickle
 import re
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
+
+from sasa_det.weight_files import SAFETENSORS, read_weights
 
 SHOWN_MISMATCHES = 3
 
@@ -15,17 +16,18 @@ def check_weights(path: str, cfg: CfgNode) -> None:
 
     detectron2 leaves out what does not fit, with a warning for each, and trains half a backbone
     from random weights. Tensors of other names may be missing or left over: another stem or head,
-    stages that attend instead. Only local .pth files are looked into.
+    stages that attend instead. Only local files are looked into, of pickles only whether they are
+    to be trusted.
 
     Raises:
-        ValueError: with the first three mismatches.
+        ValueError: with the first three mismatches; for a file that would execute something or
+            cannot be read.
     """
-    if not path.endswith(".pth"):
+    if not path or "://" in path:
         return
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        return  # which detectron2 will say more about
+    content = read_weights(path)
+    if not path.endswith((".pth", SAFETENSORS)):
+        return
     tensors = content.get("model", content)
     theirs = _shapes({name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)})
     with torch.device("meta"):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import ResNet
@@ -32,6 +31,7 @@ from sasa_det.data import classification as data
 from sasa_det.engine import RESULTS_FILE, AttentionEntropy, write_results
 from sasa_det.modeling import make_sasa_resnet
 from sasa_det.optimizer import optimizer_params
+from sasa_det.weight_files import SafeCheckpointer, read_weights
 
 # The configs' MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, blue first.
 PIXEL_MEAN = (103.53, 116.28, 123.675)
@@ -169,7 +169,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
-class ClassifierCheckpointer(DetectionCheckpointer):
+class ClassifierCheckpointer(SafeCheckpointer):
     """Saves with what detectron2 needs to find ``res2...`` again as ``backbone.bottom_up.res2...``.
 
     Args:
@@ -337,11 +337,11 @@ def check_resume(output_dir: str, recipe: ClassifierRecipe, classes: list[str]) 
     Raises:
         ValueError: for one of other options or other classes; up to three of them are named.
     """
-    checkpointer = DetectionCheckpointer(nn.Module(), output_dir)
+    checkpointer = SafeCheckpointer(nn.Module(), output_dir)
     if not checkpointer.has_checkpoint():
         return
     path = checkpointer.get_checkpoint_file()
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    checkpoint = read_weights(path)
     if "classifier" not in checkpoint:
         raise ValueError(f"The checkpoint {path} is not a classifier's; choose another --output.")
     there, here = checkpoint["classifier"], {**asdict(recipe), "classes": classes}

@@ -23,6 +23,7 @@ from sasa_det.compat import has_compiled_operators
 from sasa_det.data import build_test_mapper, build_train_mapper, garbage_collection_off
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.optimizer import optimizer_params
+from sasa_det.weight_files import SafeCheckpointer
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "evaluation.json"
@@ -30,6 +31,13 @@ RESULTS_FILE = "evaluation.json"
 
 class Trainer(DefaultTrainer):
     """detectron2's DefaultTrainer that evaluates by COCO's metrics and writes them as JSON."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        theirs = self.checkpointer  # with which hooks save; ours is for loading
+        self.checkpointer = SafeCheckpointer(
+            theirs.model, theirs.save_dir, **theirs.checkpointables
+        )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -12,6 +12,8 @@ Any config key can be changed at the end of the command: SOLVER.IMS_PER_BATCH 16
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,15 +21,15 @@ import torch
 import sasa_det  # noqa: F401  (registers models and datasets; before detectron2, see compat.py)
 
 # isort: split
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 
 from sasa_det.checkpoint import check_weights
-from sasa_det.config import load_config
+from sasa_det.config import check_trainable, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.engine import Trainer
+from sasa_det.weight_files import RefusedWeightsError, SafeCheckpointer
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,13 +42,24 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        with one_sentence_for_refused_weights():
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with one_sentence_for_refused_weights():
+        trainer.resume_or_load(resume=args.resume)
     trainer.train()
+
+
+@contextmanager
+def one_sentence_for_refused_weights() -> Iterator[None]:
+    """For what only a process that trains reads: downloads, and what a training resumes from."""
+    try:
+        yield
+    except RefusedWeightsError as error:
+        sys.exit(f"error: {error}")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -69,6 +82,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if weights and "://" not in weights and not Path(weights).is_file():
         raise FileNotFoundError(f"The checkpoint {weights!r} of MODEL.WEIGHTS does not exist.")
     check_weights(weights, cfg)
+    if not args.eval_only and not args.resume:
+        check_trainable(cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
