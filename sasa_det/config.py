@@ -238,7 +238,11 @@ def _allowed(key: str, default: Any) -> str:
         return f"one of {', '.join(_CHOICES[key])}"
     if isinstance(default, (list, tuple)):
         return "a list or tuple"
-    kinds = {bool: "True or False", int: "a whole number", float: "a finite number with a decimal point"}
+    kinds = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a finite number with a decimal point",
+    }
     return {**kinds, str: "a text", CfgNode: "a section with keys"}.get(type(default), "a value")
 
 

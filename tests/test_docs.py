@@ -26,7 +26,7 @@ from sasa_det.data.digits import VARIANTS, generate_digits
 from sasa_det.modeling import make_sasa_resnet
 
 PAGES = ["README.md", "docs/reproduce.md", "docs/ablations.md", "docs/training.md"]
-PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md"]
+PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/robustness.md"]
 
 SMALL_MODEL = {
     "DEVICE": "cpu",

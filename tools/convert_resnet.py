@@ -117,7 +117,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="what to start from")
     parser.add_argument("--config", required=True, metavar="FILE", help="the attention model's")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the start, a .pth or .safetensors file")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the start, a .pth or .safetensors file"
+    )
     parser.add_argument(
         "--only-resnet", action="store_true", help="leave out FPN and head of the checkpoint"
     )
