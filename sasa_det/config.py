@@ -127,7 +127,7 @@ def check_sasa_config(cfg: CfgNode) -> None:
         )
     for key, default in own_defaults().items():
         value = _value(cfg, key)
-        if not _is_like(default, value) or key in _CHOICES and value not in _CHOICES[key]:
+        if not _is_like(default, value) or (key in _CHOICES and value not in _CHOICES[key]):
             raise ValueError(f"{key} must be {_allowed(key, default)}, but is {value!r}.")
     sasa, resizing = cfg.MODEL.SASA, cfg.INPUT
     for stage in sasa.ATTENTION_STAGES:
@@ -239,11 +239,10 @@ def _allowed(key: str, default: Any) -> str:
     if isinstance(default, (list, tuple)):
         return "a list or tuple"
     kinds = {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a finite number with a decimal point",
+        **{bool: "True or False", str: "a text", CfgNode: "a section with keys"},
+        **{int: "a whole number", float: "a finite number with a decimal point"},
     }
-    return {**kinds, str: "a text", CfgNode: "a section with keys"}.get(type(default), "a value")
+    return kinds.get(type(default), "a value")
 
 
 def _wrong_type(cfg: CfgNode, error: ValueError, where: str) -> str:

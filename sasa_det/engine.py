@@ -34,7 +34,8 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
-        theirs = self.checkpointer  # with which hooks save; ours is for loading
+        # Hooks save with detectron2's; this one is for loading.
+        theirs = vars(self)["checkpointer"]
         self.checkpointer = SafeCheckpointer(
             theirs.model, theirs.save_dir, **theirs.checkpointables
         )

@@ -1,4 +1,4 @@
-"""Weights in files that nobody vouches for: arrays and tensors are taken out, nothing is executed."""
+"""Weights from files of strangers: arrays and tensors are taken out, nothing is executed."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from torch import Tensor
 # torch's own, so that one variable stands for all that unpickles. "1" lets everything through.
 TRUST_VARIABLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 SAFETENSORS = ".safetensors"
-# In a .safetensors file, as in a .pth file of detectron2: its names are to be matched by their ends.
+# As in a .pth file of detectron2: the names are to be matched by their ends.
 _HEURISTICS = "matching_heuristics"
 
 
@@ -103,7 +103,7 @@ def write_weights(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         partial = Path(folder) / target.name
         if target.suffix == SAFETENSORS:
-            metadata = {name: "True" for name in heuristics}
+            metadata = dict.fromkeys(heuristics, "True")
             partial.write_bytes(_safetensors().torch.save(model, metadata))
         else:
             try:
@@ -151,10 +151,9 @@ def _safetensors() -> Any:
 
 def _read_safetensors(path: str) -> dict[str, Any]:
     with _safetensors().safe_open(path, framework="pt") as file:
-        content = {"model": {name: file.get_tensor(name) for name in file.keys()}}
-        if _HEURISTICS in (file.metadata() or {}):
-            content[_HEURISTICS] = True
-    return content
+        model = {name: file.get_tensor(name) for name in list(file.keys())}
+        heuristics = _HEURISTICS in (file.metadata() or {})
+    return {"model": model, **({_HEURISTICS: True} if heuristics else {})}
 
 
 def _arrays_allowed() -> Any:

@@ -1,4 +1,4 @@
-"""Long runs and odd images: memory stays, sizes pass or are refused, and a seed repeats a training."""
+"""Long runs and odd images: memory stays flat, sizes pass or are refused, a seed repeats a run."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ def resident_memory():
 
 
 def growth(step, steps, largest):
-    """In bytes, from the first quarter of the steps to their end; sizes are drawn anew each step."""
+    """In bytes, from the first quarter of the steps on; each step has another size."""
     sizes = random.Random(0)
     step(largest, largest)
     for index in range(steps):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Writes the weights of a checkpoint, and nothing else of it, for others to load.
 
-    python tools/extract_weights.py output/demo/model_final.pth weights.safetensors
-    python tools/train_net.py --config configs/demo.yaml --eval-only MODEL.WEIGHTS weights.safetensors
+    python tools/extract_weights.py output/demo/model_final.pth demo.safetensors
+    python tools/train_net.py --config configs/demo.yaml --eval-only MODEL.WEIGHTS demo.safetensors
 
-The optimiser's state, which makes up most of a training's checkpoint, stays behind. A .safetensors
-file cannot hold code; .pth is what other projects with detectron2 read. Both stand for MODEL.WEIGHTS.
+The optimiser stays behind. A .safetensors file cannot hold code; .pth is what other projects
+with detectron2 read. MODEL.WEIGHTS takes both.
 """
 
 import argparse
