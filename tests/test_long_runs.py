@@ -68,7 +68,7 @@ def test_memory_of_a_training_is_flat_over_a_thousand_steps():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(height, width):
-        height, width = height + 16, width + 16
+        height, width = height + 33, width + 33  # batch norm needs more than one position in res5
         boxes = torch.tensor([[2.0, 2.0, width - 2.0, height - 2.0]])
         target = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([3]))
         image = torch.randint(0, 255, (3, height, width), dtype=torch.uint8)
@@ -78,7 +78,7 @@ def test_memory_of_a_training_is_flat_over_a_thousand_steps():
         optimizer.step()
 
     with EventStorage():
-        assert growth(step, 1000, largest=176) < 32 * MIB
+        assert growth(step, 1000, largest=160) < 32 * MIB
 
 
 @pytest.fixture(scope="module")
