@@ -41,6 +41,8 @@ setup(
         "demo": ["opencv-python-headless>=4.8", "scikit-learn>=1.3", "matplotlib>=3.6"],
         # What tools/benchmark.py compares with and draws with; it does without what is absent.
         "benchmark": ["matplotlib>=3.6", "timm>=1.0"],
+        # Another format for weights.
+        "safetensors": ["safetensors>=0.4"],
         # What tools/export_model.py writes ONNX files with, and runs them.
         "deployment": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     },

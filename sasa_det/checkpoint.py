@@ -1,22 +1,24 @@
 """Checkpoints that are whole or not there, and what can be known of one before a model starts."""
 
 import logging
-import os
-import pickle
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2.utils import comm
 
 from sasa_det.config import STAGES
+from sasa_det.weight_files import (
+    SAFETENSORS,
+    RefusedWeightsError,
+    SafeCheckpointer,
+    read_weights,
+)
+from sasa_det.whole_files import whole_file, write_text
 
 SHOWN_MISMATCHES = 3
 
@@ -25,8 +27,8 @@ class CheckpointError(OSError):
     """A checkpoint cannot be written, or none can be read; the message is for the user."""
 
 
-class WholeCheckpointer(DetectionCheckpointer):
-    """detectron2's ``DetectionCheckpointer`` that a kill, a full disk or a bad file costs no run.
+class WholeCheckpointer(SafeCheckpointer):
+    """detectron2's checkpointer, safe, that a kill, a full disk or a bad file costs no run.
 
     A file appears under its name once all of it is on the disk. ``last_checkpoint`` names it after
     that. Where the file that it names is damaged, the one written before it is resumed from.
@@ -96,7 +98,7 @@ class WholeCheckpointer(DetectionCheckpointer):
 
     def _is_of_training(self, path: Path) -> bool:
         """Not only weights that somebody put there."""
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_weights(str(path))
         return all(key in content for key in self.checkpointables)
 
 
@@ -108,32 +110,6 @@ def what_is_damaged(path: Path) -> str | None:
     except Exception as error:  # of nearly any kind, if bytes are any
         return str(error)
     return part and f"{part} has other bytes than were written"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write a file to, which takes its place once it is on the disk.
-
-    What lies at ``path`` stays, and nothing beside it, if the block raises or the disk is full.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        yield beside
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the name, too, outlives a machine that fails
-    os.close(folder)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a file whole or not at all."""
-    with whole_file(path) as beside:
-        beside.write_text(text)
 
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
@@ -157,18 +133,22 @@ def check_weights(path: str, cfg: CfgNode) -> None:
 
     detectron2 leaves out what does not fit, with a warning for each, and trains half a backbone
     from random weights. Tensors of other names may be missing or left over: another stem or head,
-    stages that attend instead. Only local .pth files are looked into.
+    stages that attend instead. Only local files are looked into, of pickles only whether they are
+    to be trusted.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: with the first three mismatches.
+        ValueError: with the first three mismatches; for a file that would execute something or
+            cannot be read.
     """
-    if path and "://" not in path and not Path(path).is_file():
-        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
-    tensors = _read_tensors(path)
-    if tensors is None:
+    if not path or "://" in path:
         return
-    theirs = _shapes(tensors)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
+    content = read_weights(path)
+    if not path.endswith((".pth", SAFETENSORS)):
+        return
+    theirs = _shapes(_tensors(content))
     with torch.device("meta"):
         ours = _shapes(build_backbone(cfg).state_dict())
     mismatches = [
@@ -225,18 +205,17 @@ def _is_convolutional(weights: str) -> bool:
     """Whether a checkpoint is known to have no attention."""
     if weights.endswith(".pkl"):  # as detectron2's models come
         return True
-    tensors = _read_tensors(weights) if Path(weights).is_file() else None
-    return tensors is not None and not any(".attention." in name for name in tensors)
-
-
-def _read_tensors(path: str) -> dict[str, torch.Tensor] | None:
-    """The tensors of a .pth file by name; None where they cannot be known."""
-    if "://" in path or not path.endswith(".pth"):
-        return None
+    if not weights.endswith((".pth", SAFETENSORS)) or not Path(weights).is_file():
+        return False
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (EOFError, pickle.UnpicklingError, RuntimeError):
-        return None  # which detectron2 will say more about
+        tensors = _tensors(read_weights(weights))
+    except RefusedWeightsError:
+        return False
+    return not any(".attention." in name for name in tensors)
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of a checkpoint's model, by name."""
     tensors = content.get("model", content)
     return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
 

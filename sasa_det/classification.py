@@ -34,6 +34,7 @@ from sasa_det.evaluation import RESULTS_FILE, write_results
 from sasa_det.modeling import make_sasa_resnet
 from sasa_det.optimizer import optimizer_params
 from sasa_det.termination import SaveOnTermination
+from sasa_det.weight_files import read_weights
 
 # The configs' MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, blue first.
 PIXEL_MEAN = (103.53, 116.28, 123.675)
@@ -342,7 +343,7 @@ def check_resume(output_dir: str, recipe: ClassifierRecipe, classes: list[str]) 
     if not checkpointer.has_checkpoint():
         return
     path = checkpointer.last_whole_checkpoint()
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    checkpoint = read_weights(path)
     if "classifier" not in checkpoint:
         raise ValueError(f"The checkpoint {path} is not a classifier's; choose another --output.")
     there, here = checkpoint["classifier"], {**asdict(recipe), "classes": classes}

@@ -1,8 +1,12 @@
 """Every config key that sasa_det adds to detectron2's, its default and its meaning."""
 
 import difflib
+import math
+import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -11,9 +15,12 @@ from sasa_det.layers.local_attention import POSITIONS
 
 STAGES = ("res2", "res3", "res4", "res5")
 STEMS = ("conv", "attention")
-_CHOICES = {"STEM": STEMS, "POSITION": POSITIONS}
-_OPTIMIZERS = ("SGD", "ADAMW")
-_PRECISIONS = ("float16", "bfloat16")
+_CHOICES = {
+    "MODEL.SASA.STEM": STEMS,
+    "MODEL.SASA.POSITION": POSITIONS,
+    "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
+    "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+}
 
 
 def add_sasa_config(cfg: CfgNode) -> None:
@@ -81,14 +88,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         )
     cfg = get_cfg()
     add_sasa_config(cfg)
-    try:
-        # Never execute what a YAML file says: detectron2 would by default.
-        cfg.merge_from_file(config_file, allow_unsafe=False)
-    except KeyError as error:
-        raise ValueError(_unknown_key(cfg, str(error.args[0]), f" in {config_file}")) from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The config file {config_file!r} is no plain YAML: {reason}") from error
+    _merge_file(cfg, config_file)
     if len(overrides) % 2:
         raise ValueError(
             "Overrides are KEY VALUE pairs, but their number is odd: " + " ".join(overrides)
@@ -96,11 +96,38 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     for key, value in zip(overrides[::2], overrides[1::2]):
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
+        except (AssertionError, KeyError, TypeError) as error:
             raise ValueError(_unknown_key(cfg, key, " on the command line")) from error
+        except ValueError as error:
+            raise ValueError(_wrong_type(cfg, error, "")) from error
     check_sasa_config(cfg)
     cfg.freeze()
     return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    try:
+        # Never execute what a YAML file says: detectron2 would by default.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The _BASE_ of the config file {config_file!r} does not exist: {error.filename}"
+        ) from error
+    except KeyError as error:
+        raise ValueError(_unknown_key(cfg, str(error.args[0]), f" in {config_file}")) from error
+    except ValueError as error:
+        raise ValueError(_wrong_type(cfg, error, f" in {config_file}")) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config file {config_file!r} is no plain YAML: {reason}") from error
+    except AssertionError as error:
+        raise ValueError(f"The config file {config_file!r} is no config: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"The config file {config_file!r} is no config: keys with values are missing."
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"The _BASE_ of {config_file!r} leads back to itself.") from error
 
 
 def check_sasa_config(cfg: CfgNode) -> None:
@@ -110,25 +137,38 @@ def check_sasa_config(cfg: CfgNode) -> None:
             "The config has no MODEL.SASA; call sasa_det.add_sasa_config(cfg) "
             "right after detectron2's get_cfg()."
         )
-    sasa = cfg.MODEL.SASA
-    for key, allowed in _CHOICES.items():
-        check_choice(f"MODEL.SASA.{key}", sasa[key], allowed)
-    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, _OPTIMIZERS)
-    check_choice("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, _PRECISIONS)
-    if cfg.SOLVER.MAX_SKIPPED_BATCHES < 0:
+    for key, default in own_defaults().items():
+        value = _value(cfg, key)
+        if not _is_like(default, value) or (key in _CHOICES and value not in _CHOICES[key]):
+            raise ValueError(f"{key} must be {_allowed(key, default)}, but is {value!r}.")
+    sasa, resizing = cfg.MODEL.SASA, cfg.INPUT
+    solver = cfg.SOLVER
+    if solver.MAX_SKIPPED_BATCHES < 0:
         raise ValueError(
-            "SOLVER.MAX_SKIPPED_BATCHES must be 0 or more, but is "
-            f"{cfg.SOLVER.MAX_SKIPPED_BATCHES}."
+            f"SOLVER.MAX_SKIPPED_BATCHES must be 0 or more, but is {solver.MAX_SKIPPED_BATCHES}."
         )
-    if cfg.SOLVER.ACCUMULATION_STEPS < 1:
+    if solver.ACCUMULATION_STEPS < 1:
         raise ValueError(
-            f"SOLVER.ACCUMULATION_STEPS must be 1 or more, but is {cfg.SOLVER.ACCUMULATION_STEPS}."
+            f"SOLVER.ACCUMULATION_STEPS must be 1 or more, but is {solver.ACCUMULATION_STEPS}."
         )
     for stage in sasa.ATTENTION_STAGES:
         check_choice("MODEL.SASA.ATTENTION_STAGES", stage, STAGES)
     if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
         raise ValueError(
             f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
+        )
+    if sasa.NUM_HEADS < 1:
+        raise ValueError(f"MODEL.SASA.NUM_HEADS must be 1 or more, but is {sasa.NUM_HEADS}.")
+    if resizing.IMAGE_SIZE < 0:
+        raise ValueError(
+            f"INPUT.IMAGE_SIZE must be pixels, or 0 for none, but is {resizing.IMAGE_SIZE}."
+        )
+    if resizing.MIN_SCALE <= 0:
+        raise ValueError(f"INPUT.MIN_SCALE must be above 0, but is {resizing.MIN_SCALE}.")
+    if resizing.MAX_SCALE < resizing.MIN_SCALE:
+        raise ValueError(
+            f"INPUT.MAX_SCALE must be INPUT.MIN_SCALE, {resizing.MIN_SCALE}, or more, but is "
+            f"{resizing.MAX_SCALE}."
         )
     if sasa.POSITION == "absolute" and sasa.STEM == "attention":
         raise ValueError(
@@ -173,7 +213,7 @@ def _check_channels(cfg: CfgNode) -> None:
     if sasa.FPN_ATTENTION or attention_head:
         channels["the FPN (MODEL.FPN.OUT_CHANNELS)"] = cfg.MODEL.FPN.OUT_CHANNELS
     for part, number in channels.items():
-        if sasa.NUM_HEADS < 1 or number % (2 * sasa.NUM_HEADS):
+        if number % (2 * sasa.NUM_HEADS):
             raise ValueError(
                 f"MODEL.SASA.NUM_HEADS is {sasa.NUM_HEADS}, which does not divide the {number} "
                 f"channels of {part} into heads of an even size; choose a NUM_HEADS that does."
@@ -189,6 +229,74 @@ def check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
     """Raises ValueError, naming the key, the value and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, but is {value!r}.")
+
+
+def check_trainable(cfg: CfgNode) -> None:
+    """Raises ValueError for a backbone that would keep random weights for ever."""
+    backbone = cfg.MODEL.BACKBONE
+    if cfg.MODEL.WEIGHTS or "resnet" not in backbone.NAME:
+        return
+    remedy = "give MODEL.WEIGHTS a trained backbone, or train it from scratch with"
+    if backbone.FREEZE_AT > 0:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT is {backbone.FREEZE_AT}, but without MODEL.WEIGHTS what it "
+            f"freezes is random; {remedy} MODEL.BACKBONE.FREEZE_AT 0."
+        )
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        raise ValueError(
+            "MODEL.RESNETS.NORM is 'FrozenBN', which without MODEL.WEIGHTS normalises nothing; "
+            f"{remedy} MODEL.RESNETS.NORM BN, SyncBN or GN."
+        )
+
+
+@cache
+def own_defaults() -> dict[str, Any]:
+    """{key: default} of what ``add_sasa_config`` adds to detectron2's config."""
+    theirs, ours = get_cfg(), get_cfg()
+    add_sasa_config(ours)
+    known = _flat_keys(theirs)
+    own = [key for key in _flat_keys(ours) if key not in known]
+    return {key: _value(ours, key) for key in own if not isinstance(_value(ours, key), CfgNode)}
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Whether a value, however it came into the config, is of the default's kind."""
+    if isinstance(default, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    if isinstance(default, (list, tuple)):
+        return isinstance(value, (list, tuple))
+    return type(value) is type(default)
+
+
+def _allowed(key: str, default: Any) -> str:
+    if key in _CHOICES:
+        return f"one of {', '.join(_CHOICES[key])}"
+    if isinstance(default, (list, tuple)):
+        return "a list or tuple"
+    kinds = {
+        **{bool: "True or False", str: "a text", CfgNode: "a section with keys"},
+        **{int: "a whole number", float: "a finite number with a decimal point"},
+    }
+    return kinds.get(type(default), "a value")
+
+
+def _wrong_type(cfg: CfgNode, error: ValueError, where: str) -> str:
+    """yacs's message about a type, as one sentence; other messages as they are."""
+    message = str(error)
+    key = message.rsplit(" ", 1)[-1]
+    if not message.startswith("Type mismatch") or key not in _flat_keys(cfg):
+        return message
+    default = _value(cfg, key)
+    value = message.split(f"({default} vs. ", 1)[-1].rsplit(") for config key: ", 1)[0]
+    wrong = re.search(r"vs\. <class '(?:[\w.]*\.)?(\w+)'>", message)
+    kind = f", of type {wrong[1]}" if wrong else ""
+    return f"{key} must be {_allowed(key, default)}, but is {value}{kind}{where}."
 
 
 def _unknown_key(cfg: CfgNode, message: str, where: str) -> str:

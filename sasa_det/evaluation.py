@@ -20,7 +20,7 @@ from detectron2.evaluation import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from sasa_det.checkpoint import write_text
+from sasa_det.whole_files import write_text
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "evaluation.json"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
@@ -18,6 +17,7 @@ from torch import nn
 
 from sasa_det.checkpoint import check_weights, shape_mismatch
 from sasa_det.config import load_config
+from sasa_det.weight_files import SafeCheckpointer
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -56,7 +56,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     """
     model = build_model(cfg.clone()).eval()
     try:
-        _WholeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        _StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -65,7 +65,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
-class _WholeCheckpointer(DetectionCheckpointer):
+class _StrictCheckpointer(SafeCheckpointer):
     """Refuses what detectron2 warns of: a model that predicts needs each of its weights."""
 
     def _load_model(self, checkpoint: Any) -> Any:

@@ -1,5 +1,8 @@
 """Config files and overrides: what is wrong is named, with the remedy."""
 
+import functools
+import re
+
 import pytest
 
 import sasa_det
@@ -8,7 +11,7 @@ import sasa_det
 from conftest import CONFIGS
 from detectron2.config import get_cfg
 
-from sasa_det.config import load_config
+from sasa_det.config import check_sasa_config, check_trainable, load_config, own_defaults
 
 FULL = str(CONFIGS / "retinanet_full_attn.yaml")
 
@@ -41,7 +44,7 @@ def test_overrides_of_the_command_line_win():
         (["MODEL.SASA.STEM"], "KEY VALUE pairs"),
         (["MODEL.SASA.STEM", "pool"], "MODEL.SASA.STEM must be one of conv, attention, but is"),
         (["MODEL.SASA.ATTENTION_STAGES", "('res1',)"], "one of res2, res3, .* but is 'res1'"),
-        (["MODEL.SASA.ATTENTION_STAGES", "res3"], "tuple.* vs. res3.*MODEL.SASA.ATTENTION_STAGES"),
+        (["MODEL.SASA.ATTENTION_STAGES", "res3"], "SASA.ATTENTION_STAGES must be a list.*is res3"),
         (["MODEL.SASA.POSITION", "learned"], "must be one of relative, absolute, none"),
         (["MODEL.SASA.POSITION", "absolute"], "no room; set MODEL.SASA.STEM to conv"),
         (
@@ -52,7 +55,12 @@ def test_overrides_of_the_command_line_win():
             "divisible by 4, but the FPN .* has 66",
         ),
         (["MODEL.SASA.KERNEL_SIZE", "8"], "KERNEL_SIZE must be odd, but is 8"),
-        (["MODEL.SASA.KERNEL_SIZE", "seven"], "int.* vs. seven.*MODEL.SASA.KERNEL_SIZE"),
+        (["MODEL.SASA.KERNEL_SIZE", "seven"], "KERNEL_SIZE must be a whole.*is seven, of type str"),
+        (["MODEL.SASA.KERNEL_SIZE", "None"], "KERNEL_SIZE must be a whole number, but is None"),
+        (["MODEL.SASA.STEM", "3"], "STEM must be one of conv, attention, but is 3, of type int"),
+        (["MODEL.SASA.STEM.a", "3"], "no config key 'MODEL.SASA.STEM.a'"),
+        (["MODEL.SASA", "3"], "MODEL.SASA must be a section with keys, but is 3"),
+        (["INPUT.MAX_SCALE", "0.4"], "MAX_SCALE must be INPUT.MIN_SCALE, 0.5, or more, but is 0.4"),
         (["MODEL.SASA.NUM_HEADS", "3"], "NUM_HEADS is 3, which does not divide the 64 channels"),
         (["MODEL.SASA.NUM_HEADS", "64"], "NUM_HEADS is 64.*heads of an even size"),
         (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER must be one of SGD, ADAMW"),
@@ -82,3 +90,69 @@ def test_a_config_file_executes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"evil\.yaml"):
         load_config(str(path))
     assert not (tmp_path / "made").exists()
+    second = tmp_path / "second.yaml"
+    second.write_text("_BASE_: evil.yaml\n")
+    with pytest.raises(ValueError, match=r"second\.yaml' is no plain YAML"):
+        load_config(str(second))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is no config: keys with values are missing"),
+        ("- MODEL", "is no config: keys with values are missing"),
+        ("MODEL: [", "is no plain YAML"),
+        ("VERSION: 2\nMODEL: 5", "MODEL must be a section with keys, but is 5, of type int in "),
+        ("MODEL: {SASA: {STEM: {a: 1}}}", "STEM must be one of conv, attention, but is a: 1"),
+        ("MODEL: {SASA: {KERNEL_SIZE: 2001-01-01}}", "MODEL.SASA.KERNEL_SIZE .* no.* valid type"),
+        ("VERSION: 9", "Cannot merge a v9 config"),
+        ("_BASE_: nowhere.yaml", "The _BASE_ of the .* does not exist: .*nowhere.yaml"),
+        ("_BASE_: wrong.yaml", "The _BASE_ of '.*wrong.yaml' leads back to itself"),
+    ],
+)
+def test_what_is_no_config_file_is_named(text, sentence, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=sentence) as error:
+        load_config(str(path))
+    assert "wrong.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# For each kind of key, what it can never be: of another type, or impossible.
+NOT_IT = {
+    bool: [None, 2, "maybe", 0.0],
+    int: [None, "many", 1.5, True, -1],
+    float: [None, "much", True, -1.0, float("nan"), float("inf")],
+    str: [None, 7, True, "no such choice", ""],
+    tuple: [None, 7, "res2", ("no such thing",), (3,)],
+}
+
+
+@pytest.mark.parametrize("key", own_defaults())
+def test_each_key_of_ours_refuses_what_it_cannot_be(key):
+    """Keys that are added later too: whoever adds one says in check_sasa_config what it may be."""
+    default = own_defaults()[key]
+    for value in NOT_IT[type(default)]:
+        cfg = get_cfg()
+        sasa_det.add_sasa_config(cfg)
+        *sections, name = key.split(".")
+        functools.reduce(getattr, sections, cfg)[name] = value
+        with pytest.raises(ValueError, match=re.escape(key)) as error:
+            check_sasa_config(cfg)
+        shown = value[0] if isinstance(value, tuple) else value
+        assert repr(shown) in str(error.value)
+        assert " must " in str(error.value)
+
+
+def test_frozen_random_weights_are_no_start():
+    frozen = load_config(FULL, ["MODEL.RESNETS.NORM", "FrozenBN"])
+    with pytest.raises(ValueError, match=r"NORM is 'FrozenBN', which without MODEL.WEIGHTS"):
+        check_trainable(frozen)
+    with pytest.raises(ValueError, match=r"FREEZE_AT is 2, but without MODEL.WEIGHTS"):
+        check_trainable(load_config(FULL, ["MODEL.BACKBONE.FREEZE_AT", "2"]))
+    check_trainable(load_config(FULL))
+    frozen.defrost()
+    frozen.MODEL.WEIGHTS = "trained.pth"
+    check_trainable(frozen)

@@ -29,8 +29,8 @@ from sasa_det.warm_start import (
     find_images,
     measure_norms,
     read_checkpoint,
-    write_checkpoint,
 )
+from sasa_det.weight_files import write_weights
 
 CONV = ["MODEL.SASA.STEM", "conv", "MODEL.SASA.ATTENTION_STAGES", "()"]
 CONV += ["MODEL.SASA.HEAD_ATTENTION", "False", "MODEL.SASA.FPN_ATTENTION", "False"]
@@ -102,7 +102,7 @@ def test_torchvisions_resnet50_starts_a_detector_with_a_conv_stem(pixels, tmp_pa
     cfg = load_config(str(CONFIGS / "retinanet_convstem_attn.yaml"), overrides)
     model = build_model(cfg)
     conversion = convert(model, read_checkpoint(str(tmp_path / "resnet50.pth")), cfg)
-    write_checkpoint(conversion.tensors(model), str(tmp_path / "start.pth"))
+    write_weights(conversion.tensors(model), str(tmp_path / "start.pth"))
 
     started = build_model(cfg).eval()
     loaded = DetectionCheckpointer(started)._load_model(torch.load(tmp_path / "start.pth"))
@@ -323,12 +323,12 @@ def test_distillation_lowers_the_error_of_every_layer_on_real_pictures(coco_slic
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     """On a full disk, or at a limit, what was there before stays."""
     path = tmp_path / "start.pth"
-    write_checkpoint({"a": torch.ones(3)}, str(path))
+    write_weights({"a": torch.ones(3)}, str(path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     try:
         with pytest.raises(OSError, match=r"start\.pth"):
-            write_checkpoint({"a": torch.ones(2**20)}, str(path))
+            write_weights({"a": torch.ones(2**20)}, str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path]

@@ -28,7 +28,7 @@ from sasa_det.modeling import make_sasa_resnet
 PAGES = ["README.md", "docs/reproduce.md", "docs/ablations.md", "docs/training.md"]
 PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/learning.md"]
 PAGES += ["docs/dataset.md", "docs/detectors.md", "docs/seeing.md", "docs/scale.md"]
-PAGES += ["docs/deployment.md", "docs/interruptions.md"]
+PAGES += ["docs/deployment.md", "docs/interruptions.md", "docs/robustness.md"]
 
 SMALL_MODEL = {
     "DEVICE": "cpu",

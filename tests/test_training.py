@@ -122,9 +122,10 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, ov
         (["--config", "configs/demo.yaml", "--num-gpus", "99"], "--num-gpus is 99"),
         (["--config", "configs/demo.yaml", "--eval-only"], "--eval-only needs weights"),
         (["--config", "configs/demo.yaml", "MODEL.WEIGHTS", "a.pth"], "checkpoint 'a.pth'"),
+        (["--config", "configs/demo.yaml", "MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT is 2"),
         ([], "--config FILE is missing"),
     ],
-    ids=["file", "key", "heads", "dataset", "gpus", "eval", "weights", "nothing"],
+    ids=["file", "key", "heads", "dataset", "gpus", "eval", "weights", "frozen", "nothing"],
 )
 def test_a_mistake_is_answered_in_one_sentence(arguments, sentence, tmp_path):
     run = train_net(*arguments, datasets=tmp_path, check=False)

@@ -37,8 +37,8 @@ from sasa_det.warm_start import (
     find_images,
     measure_norms,
     read_checkpoint,
-    write_checkpoint,
 )
+from sasa_det.weight_files import check_suffix, write_weights
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         options = {"steps": args.steps, "batch_size": args.batch_size}
         errors = distill(model, source, cfg, images, **options)
         conversion.fit(error.name for error in errors)
-    write_checkpoint(conversion.tensors(model), args.output)
+    write_weights(conversion.tensors(model), args.output)
     print(conversion.table())
     if errors:
         print(f"\n{as_table(errors)}")
@@ -96,8 +96,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """The checked config; all that can be known to fail is said before anything is computed."""
     cfg = load_config(args.config, args.opts)
     output = Path(args.output)
-    if output.suffix != ".pth":
-        raise ValueError(f"--output must end in .pth, as detectron2 expects, but is {output}.")
+    check_suffix(args.output)
     if output.exists() and output.samefile(args.weights):
         raise ValueError(f"--output {output} is the checkpoint itself; choose another name.")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +117,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="what to start from")
     parser.add_argument("--config", required=True, metavar="FILE", help="the attention model's")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the start, a .pth file")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the start, a .pth or .safetensors file"
+    )
     parser.add_argument(
         "--only-resnet", action="store_true", help="leave out FPN and head of the checkpoint"
     )

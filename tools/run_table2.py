@@ -38,8 +38,8 @@ from sasa_det.analysis import ModelCost
 from sasa_det.analysis.progress import Pace, PlannedRun, duration, last_metrics
 from sasa_det.analysis.table2 import ROWS, RowResult, as_data, as_markdown, cell, count_as_tested
 from sasa_det.analysis.trainings import CONSOLE_FILE, Training, Trainings, recorded_seconds
-from sasa_det.checkpoint import write_text
 from sasa_det.evaluation import AP_NAMES
+from sasa_det.whole_files import write_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HISTORY_FILE = "runs.jsonl"

@@ -25,18 +25,19 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
 from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, check_weights
-from sasa_det.config import check_processes, load_config
+from sasa_det.config import check_processes, check_trainable, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.distributed import check_launch, launch, num_processes
 from sasa_det.divergence import DivergedError
 from sasa_det.engine import Trainer
+from sasa_det.weight_files import RefusedWeightsError
 
 
 def main(args: argparse.Namespace) -> None:
     """In each process; what the user can do something about ends in one sentence."""
     try:
         run(args)
-    except (CheckpointError, DivergedError) as error:
+    except (CheckpointError, DivergedError, RefusedWeightsError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -77,6 +78,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "checkpoint of OUTPUT_DIR."
         )
     check_weights(weights, cfg)
+    if not args.eval_only and not args.resume:
+        check_trainable(cfg)
     if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

@@ -10,6 +10,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from sasa_det.weight_files import read_weights
+
 from .annotation_checks import check_annotations
 from .annotation_file import AnnotationFile, garbage_collection_off
 from .findings import ERROR, WARNING, Finding, Kind, Use
@@ -53,8 +55,12 @@ def check_config_datasets(cfg: CfgNode, training: bool) -> list[str]:
 
     Raises:
         ValueError: for the first dataset with an error, with one sentence.
-        FileNotFoundError, ValueError: as :func:`check_datasets`.
+        FileNotFoundError, ValueError: as :func:`check_datasets`; and for proposals of
+            MODEL.LOAD_PROPOSALS, which are pickles, that would execute something.
     """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for path in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
+            read_weights(path, ".pkl")
     warnings = []
     uses = [(name, True) for name in cfg.DATASETS.TRAIN] if training else []
     uses += [(name, False) for name in cfg.DATASETS.TEST]

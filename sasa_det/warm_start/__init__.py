@@ -1,6 +1,6 @@
 """A start for the attention models from a trained convolutional one, without ImageNet training."""
 
-from .checkpoints import Source, read_checkpoint, write_checkpoint
+from .checkpoints import Source, read_checkpoint
 from .convert import Conversion, convert
 from .distill import LayerError, distill
 from .images import find_images
@@ -17,5 +17,4 @@ __all__ = [
     "find_images",
     "measure_norms",
     "read_checkpoint",
-    "write_checkpoint",
 ]

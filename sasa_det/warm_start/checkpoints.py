@@ -1,22 +1,17 @@
-"""Reads convolutional checkpoints of several makers, under detectron2's names; writes ours.
-
-No file is trusted: nothing but arrays and tensors is taken out of it.
-"""
+"""Reads convolutional checkpoints of several makers, under detectron2's names."""
 
 import dataclasses
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import Tensor
 
-from sasa_det.checkpoint import save_whole
+from sasa_det.weight_files import read_weights
 
 # Of detectron2's norms, and torch's.
 _EPS = 1e-5
@@ -72,7 +67,7 @@ def read_checkpoint(path: str) -> Source:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"The checkpoint {path!r} does not exist.")
-    content = _load(path)
+    content = read_weights(path)
     author = content.get("__author__") if isinstance(content, Mapping) else None
     raw = _tensors(content)
     if "conv1_w" in raw:
@@ -107,73 +102,6 @@ def read_checkpoint(path: str) -> Source:
 def is_resnet_name(name: str) -> bool:
     """Whether a name of ``Source.tensors`` is of the ResNet."""
     return re.match(r"(stem|res\d)\.", name) is not None
-
-
-def write_checkpoint(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Writes a checkpoint for ``MODEL.WEIGHTS``, whole or not at all.
-
-    Args:
-        tensors (dict[str, Tensor]): a part of the state of the model, under its names.
-        path (str): ends in .pth; what lies there is replaced.
-    """
-    model = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_whole({"model": model}, Path(path))
-
-
-def _load(path: str) -> Any:
-    try:
-        if path.endswith(".pkl"):
-            with open(path, "rb") as file:
-                return _ArrayUnpickler(file, encoding="latin1").load()
-        if path.endswith(".safetensors"):
-            return _load_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _RefusedError as error:
-        raise ValueError(
-            f"The checkpoint {path!r} is refused: it asks for {error}, but only arrays are loaded."
-        ) from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"The checkpoint {path!r} is refused: it is damaged or holds more than tensors."
-        ) from error
-    except OSError:
-        raise
-    # What damaged pickles raise has no end.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"The checkpoint {path!r} cannot be read: {reason}") from error
-
-
-def _load_safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ValueError("it needs the package safetensors; pip install safetensors") from error
-    return load_file(path)
-
-
-class _RefusedError(Exception):
-    """A pickle names something that is not an array."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles plain containers and numpy arrays, and refuses everything else."""
-
-    # numpy moves these from module to module; the names stay.
-    _ARRAY_PARTS: ClassVar[dict[str, Any]] = {
-        "_reconstruct": np.zeros(0).__reduce__()[0],
-        "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-        "scalar": np.float32(0).__reduce__()[0],
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self._ARRAY_PARTS:
-            return self._ARRAY_PARTS[name]
-        if (module, name) == ("_codecs", "encode"):  # how older protocols write bytes
-            return lambda text, codec: text.encode("latin1")
-        raise _RefusedError(f"{module}.{name}")
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Python. ``setup.py`` compiles them where there is a compiler; without them the e
 """
 
 import ctypes
+import os
 import sysconfig
 import warnings
 from functools import cache
@@ -121,16 +122,37 @@ def instruction_set() -> int:
     return load().sasa_det_instruction_set()  # type: ignore[union-attr]
 
 
+class _Threads:
+    """OpenMP's, which a forked process does not inherit; GNU's OpenMP would wait for them for ever.
+
+    So the kernels run in one thread there, if the parent had run them in several. So does torch
+    then, whose operators would hang as well.
+    """
+
+    were_used = False
+    are_lost = False
+
+    def after_fork(self) -> None:
+        if self.were_used:
+            self.are_lost = True
+            torch.set_num_threads(1)
+
+
+_threads = _Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.after_fork)
+
+
 def run(function: str, arguments: ctypes.Structure) -> None:
     """Calls one of the library's functions.
 
     Raises:
         MemoryError: if there is not enough of it.
     """
+    threads = 1 if _threads.are_lost else torch.get_num_threads()
+    _threads.were_used |= threads > 1
     status = getattr(load(), function)(
-        ctypes.byref(arguments),
-        ctypes.c_int64(instruction_set()),
-        ctypes.c_int64(torch.get_num_threads()),
+        ctypes.byref(arguments), ctypes.c_int64(instruction_set()), ctypes.c_int64(threads)
     )
     if status:
         raise MemoryError(f"{function} of sasa_det found no memory for its scratch space.")

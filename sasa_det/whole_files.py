@@ -1,0 +1,32 @@
+"""Files that appear under their names whole, or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write a file to, which takes its place once it is on the disk.
+
+    What lies at ``path`` stays, and nothing beside it, if the block raises or the disk is full.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        yield beside
+        with beside.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the name, too, outlives a machine that fails
+    os.close(folder)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(text)

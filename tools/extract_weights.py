@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Writes the weights of a checkpoint, and nothing else of it, for others to load.
+
+    python tools/extract_weights.py output/demo/model_final.pth demo.safetensors
+    python tools/train_net.py --config configs/demo.yaml --eval-only MODEL.WEIGHTS demo.safetensors
+
+The optimiser stays behind. A .safetensors file cannot hold code; .pth is what other projects
+with detectron2 read. MODEL.WEIGHTS takes both.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sasa_det  # noqa: F401  (before detectron2, see compat.py)
+
+# isort: split
+import numpy as np
+import torch
+from torch import Tensor
+
+from sasa_det.weight_files import check_suffix, read_weights, write_weights
+
+
+def main() -> None:
+    args = parse_args()
+    check_suffix(args.output)
+    if not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f"The checkpoint {args.checkpoint!r} does not exist.")
+    content = read_weights(args.checkpoint)
+    tensors = model_of(content, args.checkpoint)
+    heuristics = bool(content.get("matching_heuristics"))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    write_weights(tensors, args.output, matching_heuristics=heuristics)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{len(tensors)} tensors with {numbers:,} numbers, for MODEL.WEIGHTS: {args.output}")
+
+
+def model_of(content: Any, path: str) -> dict[str, Tensor]:
+    """The state of the model in a checkpoint of detectron2's, or a state dict by itself.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    model = content.get("model", content) if isinstance(content, Mapping) else None
+    if isinstance(model, Mapping):
+        tensors = {
+            name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+            for name, x in model.items()
+        }
+        if tensors and all(isinstance(x, Tensor) for x in tensors.values()):
+            return tensors
+    raise ValueError(
+        f"The checkpoint {path!r} holds no state of a detectron2 model; ResNets of other makers go "
+        "through tools/convert_resnet.py."
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a .pth, .pkl or .safetensors file")
+    parser.add_argument("output", help="a .safetensors or .pth file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
