@@ -69,13 +69,14 @@ def checkpoints(tmp_path_factory):
 def test_frozen_random_weights_are_warned_of_in_any_project(
     changes, causes, checkpoints, caplog, monkeypatch
 ):
-    # A trainer of an earlier test may have given detectron2's logger handlers of its own.
+    # A trainer of an earlier test may have given detectron2's logger handlers of its own; pytest
+    # may then see each record twice.
     monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     if changes.get("weights", "").endswith(".pth"):
         changes = {**changes, "weights": str(checkpoints / changes["weights"])}
     with caplog.at_level(logging.WARNING):
         DefaultTrainer.build_model(a_config(**changes))
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    warnings = {r.getMessage() for r in caplog.records if r.levelno == logging.WARNING}
     assert len(warnings) == bool(causes)
     for warning in warnings:
         assert all(cause in warning for cause in causes)
