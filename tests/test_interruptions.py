@@ -199,7 +199,7 @@ def drawn(start):
         str(CONFIGS / "demo.yaml"), [*options, "DATASETS.TRAIN", "('sasa_digits_val',)"]
     )
     loader = TrainLoader(cfg, build_train_mapper(cfg))
-    loader.start = start
+    loader.seed, loader.start = 0, start
     batches = islice(loader, 3)
     return [(float(torch.rand(())), np.random.rand(), random.random()) for _ in batches]
 
