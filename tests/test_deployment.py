@@ -220,6 +220,7 @@ def test_the_script_of_the_docs_detects_what_detectron2s_predictor_does(exported
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_convolutional_detector_runs_in_onnx_runtime_too(tmp_path):
     network = network_of(decisive_convolution())
     export_onnx(network, tmp_path / "conv.onnx", {})
@@ -258,6 +259,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_the_program_of_a_faster_rcnns_backbone_keeps_the_operators_or_needs_torch_alone(
     tmp_path,
 ):
@@ -290,7 +292,7 @@ def test_the_program_of_a_faster_rcnns_backbone_keeps_the_operators_or_needs_tor
         ("model.txt", "", [], "--output must end in .onnx or .pt2"),
         ("model.onnx", "", ["--keep-operators"], "--keep-operators is for .pt2 files"),
         ("model.onnx", "nothing.pth", [], "checkpoint 'nothing.pth' of MODEL.WEIGHTS does not ex"),
-        ("model.onnx", "other", [], "stem.attention.query_key_weight is missing"),
+        ("model.onnx", "other", [], "stem.attention.query_key_weight is not in it"),
         ("model.onnx", "", ["--beside", "no.onnx"], "The file 'no.onnx' of --beside does not"),
     ],
 )

@@ -183,8 +183,8 @@ def adapted(arguments):
     return [*arguments[:keys], *SHORTER.get(arguments[0], "").split(), *arguments[keys:]]
 
 
-# An export takes minutes.
-RUN_PAGES = [pytest.param(x, marks=[pytest.mark.slow] * (x == "docs/deployment.md")) for x in PAGES]
+SLOW_PAGES = ["docs/deployment.md", "docs/scale.md"]
+RUN_PAGES = [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW_PAGES)) for x in PAGES]
 
 
 @pytest.mark.parametrize("page", RUN_PAGES)

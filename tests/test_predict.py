@@ -168,7 +168,7 @@ def test_ids_and_names_of_the_classes():
     assert categories_of(coco)[79] == {"id": 90, "name": "toothbrush"}
     digits = load_metadata(load_config(str(CONFIGS / "demo.yaml")))
     assert categories_of(digits)[9] == {"id": 10, "name": "9"}
-    elsewhere = ["DATASETS.TEST", "('elsewhere',)", "DATASETS.TRAIN", "()"]
+    elsewhere = ["DATASETS.TEST", "('of_nobody',)", "DATASETS.TRAIN", "()"]
     unknown = load_metadata(load_config(str(CONFIGS / "demo.yaml"), elsewhere))
     assert categories_of(unknown) == {}
     annotations = {"categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}
@@ -177,7 +177,7 @@ def test_ids_and_names_of_the_classes():
 
 
 def test_classes_without_names_are_numbers(predict, untrained_demo, digits, tmp_path):
-    elsewhere = ["DATASETS.TEST", "('elsewhere',)", "DATASETS.TRAIN", "()"]
+    elsewhere = ["DATASETS.TEST", "('of_nobody',)", "DATASETS.TRAIN", "()"]
     image = digits / "val" / "000001.jpg"
     code, printed = predict(image, "--output", tmp_path, *untrained_demo, *elsewhere)
     assert code is None

@@ -234,7 +234,7 @@ def test_a_mistake_is_answered_in_one_sentence(
     [
         ("MODEL.WEIGHTS", "a.pth", "The checkpoint 'a.pth' of MODEL.WEIGHTS does not exist."),
         ("MODEL.WEIGHTS", "", "The checkpoint is missing: add MODEL.WEIGHTS FILE"),
-        ("MODEL.WEIGHTS", "{text}", "of MODEL.WEIGHTS cannot be read: "),
+        ("MODEL.WEIGHTS", "{text}", "is refused: it is damaged or holds more"),
         ("MODEL.RESNETS.DEPTH", "50", "is of another depth, width or window"),
         ("MODEL.SASA.HEAD_ATTENTION", "False", "head.cls_subnet.0.weight is not in"),
         (
