@@ -32,6 +32,7 @@ class RecordMapper(DatasetMapper):
 
 
 def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
+    """detectron2's mapper for evaluation, whose errors name the image."""
     return RecordMapper(cfg, is_train=False)
 
 
