@@ -74,6 +74,8 @@ REPLACED = {
 }
 REPLACED |= {"SOLVER.MAX_ITER": "2", "SOLVER.WARMUP_ITERS": "1"}
 REPLACED |= {"--num-machines": "1", "--nnodes": "1", "--nproc-per-node": "2"}
+# torch's bfloat16 convolutions on CPUs give NaN now and then where a map has one position.
+REPLACED |= {"SOLVER.AMP.ENABLED": "False"}
 REPLACED |= {"--rdzv-endpoint": "localhost:0", "SOLVER.ACCUMULATION_STEPS": "2"}
 RECORDED = ["python", "torchrun", "make", "pip", "git"]
 SLURM = """
