@@ -185,7 +185,8 @@ def adapted(arguments):
     return [*arguments[:keys], *SHORTER.get(arguments[0], "").split(), *arguments[keys:]]
 
 
-SLOW_PAGES = ["docs/deployment.md", "docs/scale.md"]
+# Minutes, for `make test-all`; what they run has tests of its own.
+SLOW_PAGES = ["docs/deployment.md", "docs/scale.md", "docs/reproduce.md", "docs/ablations.md"]
 RUN_PAGES = [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW_PAGES)) for x in PAGES]
 
 
