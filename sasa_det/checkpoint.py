@@ -18,13 +18,9 @@ from sasa_det.weight_files import (
     SafeCheckpointer,
     read_weights,
 )
-from sasa_det.whole_files import whole_file, write_text
+from sasa_det.whole_files import CheckpointError, save_whole, write_text
 
 SHOWN_MISMATCHES = 3
-
-
-class CheckpointError(OSError):
-    """A checkpoint cannot be written, or none can be read; the message is for the user."""
 
 
 class WholeCheckpointer(SafeCheckpointer):
@@ -112,22 +108,6 @@ def what_is_damaged(path: Path) -> str | None:
     return part and f"{part} has other bytes than were written"
 
 
-def save_whole(content: dict[str, Any], path: Path) -> None:
-    """Writes what torch.save makes of it, whole or not at all; what lies there is replaced.
-
-    Raises:
-        CheckpointError: if it cannot be written, with the reason.
-    """
-    try:
-        with whole_file(path) as beside, beside.open("wb") as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:
-        # torch puts an error of its own in front of the disk's.
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        message = f"The checkpoint {str(path)!r} cannot be written: {reason}"
-        raise CheckpointError(message) from error
-
-
 def check_weights(path: str, cfg: CfgNode) -> None:
     """Checks that the ResNet of a checkpoint has the depth and the width of the config's.
 
@@ -178,10 +158,11 @@ def warn_of_frozen_random_weights(cfg: CfgNode) -> None:
     weights of ImageNet that come with them. Such a training from random weights ends at an AP of
     about zero, without an error.
     """
-    weights = cfg.MODEL.WEIGHTS
+    sasa, freeze_at, weights = cfg.MODEL.SASA, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.WEIGHTS
+    if freeze_at <= 0 and cfg.MODEL.RESNETS.NORM != "FrozenBN":
+        return
     if weights and not _is_convolutional(weights):
         return
-    sasa, freeze_at = cfg.MODEL.SASA, cfg.MODEL.BACKBONE.FREEZE_AT
     parts = ("stem", *STAGES)
     attentional = {"stem"} if sasa.STEM == "attention" else set()
     attentional |= set(sasa.ATTENTION_STAGES)

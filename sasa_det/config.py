@@ -21,6 +21,11 @@ _CHOICES = {
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
     "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
 }
+_LEAST = {
+    "MODEL.SASA.NUM_HEADS": 1,
+    "SOLVER.ACCUMULATION_STEPS": 1,
+    "SOLVER.MAX_SKIPPED_BATCHES": 0,
+}
 
 
 def add_sasa_config(cfg: CfgNode) -> None:
@@ -141,24 +146,15 @@ def check_sasa_config(cfg: CfgNode) -> None:
         value = _value(cfg, key)
         if not _is_like(default, value) or (key in _CHOICES and value not in _CHOICES[key]):
             raise ValueError(f"{key} must be {_allowed(key, default)}, but is {value!r}.")
+        if key in _LEAST and value < _LEAST[key]:
+            raise ValueError(f"{key} must be {_LEAST[key]} or more, but is {value}.")
     sasa, resizing = cfg.MODEL.SASA, cfg.INPUT
-    solver = cfg.SOLVER
-    if solver.MAX_SKIPPED_BATCHES < 0:
-        raise ValueError(
-            f"SOLVER.MAX_SKIPPED_BATCHES must be 0 or more, but is {solver.MAX_SKIPPED_BATCHES}."
-        )
-    if solver.ACCUMULATION_STEPS < 1:
-        raise ValueError(
-            f"SOLVER.ACCUMULATION_STEPS must be 1 or more, but is {solver.ACCUMULATION_STEPS}."
-        )
     for stage in sasa.ATTENTION_STAGES:
         check_choice("MODEL.SASA.ATTENTION_STAGES", stage, STAGES)
     if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
         raise ValueError(
             f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
         )
-    if sasa.NUM_HEADS < 1:
-        raise ValueError(f"MODEL.SASA.NUM_HEADS must be 1 or more, but is {sasa.NUM_HEADS}.")
     if resizing.IMAGE_SIZE < 0:
         raise ValueError(
             f"INPUT.IMAGE_SIZE must be pixels, or 0 for none, but is {resizing.IMAGE_SIZE}."

@@ -14,7 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from sasa_det.whole_files import whole_file
+from sasa_det.whole_files import save_whole, whole_file
 
 # torch's own, so that one variable stands for all that unpickles. "1" lets everything through.
 TRUST_VARIABLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -101,15 +101,12 @@ def write_weights(
         for name, tensor in tensors.items()
     }
     heuristics = {_HEURISTICS: True} if matching_heuristics else {}
+    if target.suffix != SAFETENSORS:
+        save_whole({"model": model, **heuristics}, target)
+        return
     with whole_file(target) as beside:
-        if target.suffix == SAFETENSORS:
-            metadata = dict.fromkeys(heuristics, "True")
-            beside.write_bytes(_safetensors().torch.save(model, metadata))
-        else:
-            try:
-                torch.save({"model": model, **heuristics}, beside)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"The checkpoint {path!r} cannot be written: {error}") from error
+        metadata = dict.fromkeys(heuristics, "True")
+        beside.write_bytes(_safetensors().torch.save(model, metadata))
 
 
 def check_suffix(path: str) -> None:

@@ -4,6 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written, or none can be read; the message is for the user."""
 
 
 @contextmanager
@@ -30,3 +37,19 @@ def write_text(text: str, path: Path) -> None:
     """Writes a file whole or not at all."""
     with whole_file(path) as beside:
         beside.write_text(text)
+
+
+def save_whole(content: dict[str, Any], path: Path) -> None:
+    """Writes what torch.save makes of it, whole or not at all; what lies there is replaced.
+
+    Raises:
+        CheckpointError: if it cannot be written, with the reason.
+    """
+    try:
+        with whole_file(path) as beside, beside.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # torch puts an error of its own in front of the disk's.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        message = f"The checkpoint {str(path)!r} cannot be written: {reason}"
+        raise CheckpointError(message) from error

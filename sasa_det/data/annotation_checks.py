@@ -8,13 +8,22 @@ import numpy as np
 
 from .annotation_file import AnnotationFile, shortened
 from .box_checks import BOX_CHECKS
-from .findings import ERROR, NOTE, WARNING, Effect, Finding, Kind, Use, printable
+from .findings import (
+    ERROR,
+    NEVER_FOUND,
+    NOTE,
+    STOPS,
+    WARNING,
+    Effect,
+    Finding,
+    Kind,
+    Use,
+    printable,
+)
 
-_STOPS = Effect(ERROR, "stops when it comes to it")
 _DOES_NOT_START = Effect(ERROR, "stops before the first image")
-_NEVER_FOUND = "counts the object as never found"
 
-MISSING_IMAGE = Kind("missing image file", _STOPS, _STOPS)
+MISSING_IMAGE = Kind("missing image file", STOPS, STOPS)
 OUTSIDE_FOLDER = Kind(
     "image outside of its folder",
     Effect(WARNING, "reads it wherever it is"),
@@ -40,7 +49,7 @@ NOTHING_TO_LEARN = Kind(
     "dataset without a single object", _DOES_NOT_START, Effect(WARNING, "has no AP to give")
 )
 DUPLICATE_ANNOTATION = Kind("annotation id used twice", _DOES_NOT_START, _DOES_NOT_START)
-ZERO_ID = Kind("annotation with the id 0", None, Effect(WARNING, _NEVER_FOUND))
+ZERO_ID = Kind("annotation with the id 0", None, Effect(WARNING, NEVER_FOUND))
 UNKNOWN_IMAGE = Kind(
     "annotation of no image", Effect(WARNING, "leaves it out"), Effect(WARNING, "leaves it out")
 )

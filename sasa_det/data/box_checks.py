@@ -7,31 +7,30 @@ from typing import Any
 import numpy as np
 
 from .annotation_file import AnnotationFile, shortened
-from .findings import ERROR, WARNING, Effect, Finding, Kind, Use
+from .findings import ERROR, NEVER_FOUND, WARNING, Effect, Finding, Kind, Use
 
 # Annotators and rounding leave boxes that reach a little over the border.
 _TOLERANCE = 1.0  # pixels
-_NEVER_FOUND = "counts the object as never found"
 
 NOT_FINITE = Kind(
     "box that is not finite",
     Effect(ERROR, "leaves the box out, or stretches it to the border"),
-    Effect(ERROR, _NEVER_FOUND),
+    Effect(ERROR, NEVER_FOUND),
 )
 NEGATIVE = Kind(
     "box of negative size",
     Effect(ERROR, "learns its mirror image"),
-    Effect(ERROR, _NEVER_FOUND),
+    Effect(ERROR, NEVER_FOUND),
 )
 NO_AREA = Kind(
     "box without area",
     Effect(WARNING, "leaves the box out"),
-    Effect(WARNING, _NEVER_FOUND),
+    Effect(WARNING, NEVER_FOUND),
 )
 OUTSIDE = Kind(
     "box outside of its image",
     Effect(ERROR, "leaves the box out, or with INPUT.IMAGE_SIZE learns it in the padding"),
-    Effect(WARNING, _NEVER_FOUND),
+    Effect(WARNING, NEVER_FOUND),
 )
 PARTLY_OUTSIDE = Kind(
     "box over the border of its image",

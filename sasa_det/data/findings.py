@@ -22,6 +22,10 @@ class Effect(NamedTuple):
     text: str
 
 
+STOPS = Effect(ERROR, "stops when it comes to it")
+NEVER_FOUND = "counts the object as never found"
+
+
 class Kind(NamedTuple):
     """A fault; ``None`` where it does no harm."""
 

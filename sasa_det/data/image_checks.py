@@ -11,14 +11,13 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from .annotation_file import AnnotationFile
-from .findings import ERROR, WARNING, Effect, Finding, Kind, Use
+from .findings import ERROR, STOPS, WARNING, Effect, Finding, Kind, Use
 
-_STOPS = Effect(ERROR, "stops when it comes to it")
 _WRONG_PIXELS = Effect(ERROR, "takes the wrong pixels without a word")
 
-UNREADABLE = Kind("unreadable image", _STOPS, _STOPS)
+UNREADABLE = Kind("unreadable image", STOPS, STOPS)
 DAMAGED = Kind("damaged image", _WRONG_PIXELS, _WRONG_PIXELS)
-WRONG_SIZE = Kind("image size unlike its record", _STOPS, _STOPS)
+WRONG_SIZE = Kind("image size unlike its record", STOPS, STOPS)
 BEYOND_8_BITS = Kind("image of more than 8 bits", _WRONG_PIXELS, _WRONG_PIXELS)
 _HIDDEN = Effect(WARNING, "shows the colours that are hidden under transparent pixels")
 TRANSPARENT = Kind("transparent image", _HIDDEN, _HIDDEN)
