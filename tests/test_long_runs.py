@@ -42,7 +42,9 @@ def growth(step, steps, largest):
         step(sizes.randint(1, largest), sizes.randint(1, largest))
         if index == steps // 4:
             before = resident_memory()
-    return resident_memory() - before
+    grown = resident_memory() - before
+    print(f"{grown / MIB:.1f} MiB more after {steps} steps")
+    return grown
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
@@ -121,6 +123,7 @@ def test_an_image_of_four_thousand_pixels_each_way_is_searched_in_bounded_memory
     )
     run = run_tool(program)
     assert run.returncode == 0, run.stderr[-3000:]
+    print(f"{run.peak_memory / 2**30:.1f} GiB")
     assert run.peak_memory < 8 * 2**30
 
 
