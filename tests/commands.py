@@ -110,6 +110,8 @@ def _run(
     os.environ.update(environment)
     module = arguments[0] == "-m"
     sys.argv = arguments[1:] if module else arguments
+    # The platform's own way to start processes, not that of the server's.
+    multiprocessing.set_start_method(None, force=True)
     # As the interpreter does it: a script's own folder, or the working directory for a module.
     sys.path[0] = folder if module else str(Path(arguments[0]).resolve().parent)
     try:

@@ -192,6 +192,46 @@ def test_killed_at_fifty_random_moments_it_comes_to_the_same_weights(uninterrupt
     print(counts)
 
 
+KILLED = """
+import multiprocessing, os, signal, sys
+
+import sasa_det
+from sasa_det.config import load_config
+from sasa_det.data import TrainLoader, build_train_mapper
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1], force=True)
+    options = ["DATASETS.TRAIN", "('sasa_digits_val',)", "DATALOADER.NUM_WORKERS", "2"]
+    cfg = load_config("configs/demo.yaml", options)
+    batches = iter(TrainLoader(cfg, build_train_mapper(cfg)))
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_what_loads_the_images_ends_with_a_training_that_is_killed(start_method, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    run = run_tool(program, start_method)
+    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert workers
+    deadline = time.monotonic() + 30
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, workers))
+
+
 def drawn(start):
     """What a model would draw in three steps from there on."""
     options = ["SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(32,)"]

@@ -34,6 +34,7 @@ from sasa_det.analysis.peers import PEERS, available_peers
 from sasa_det.analysis.timing import SLOW, SLOW_ROUNDS
 from sasa_det.analysis.workloads import (
     CONVOLUTION,
+    MEMORY_FORMATS,
     OURS,
     Contestant,
     LayerShape,
@@ -61,10 +62,12 @@ HOW = f"""\
 - Layers include their projections; forward+backward takes the gradients of input and weights.
   Where a convolution has a stride, attention is followed by the average pooling in its place.
 - Both memory formats are tried. A layer's faster one counts, the baseline's, too. Detectors show
-  both; ratios refer to the baseline's faster one in time, to its smaller one in memory.
+  both; ratios refer to the baseline's faster one in time, to its smaller one in memory. Scaling is
+  measured in channels_last.
 - Peak memory is that of a step, above model and input: on the CPU the resident memory of a process
-  of its own, on CUDA what torch's allocator handed out. "whole process" is its peak with everything
-  (on CUDA: with model and input). 1 MiB is 2^20 bytes.
+  of its own, whose C library gives large blocks back as soon as they are freed; on CUDA what torch's
+  allocator handed out. "whole process" is its peak with everything (on CUDA: with model and input).
+  1 MiB is 2^20 bytes.
 - Detectors have random weights and find no boxes. A training step is forward, backward and SGD."""
 
 
@@ -115,8 +118,16 @@ class Benchmark:
         self.comparisons.append(result)
         return result
 
-    def compare_layer(self, suite: str, shape: LayerShape, mode: str) -> Comparison:
-        contestants = layer_contestants(shape, self.setting, LAYER_MODES[mode], self.peers)
+    def compare_layer(
+        self,
+        suite: str,
+        shape: LayerShape,
+        mode: str,
+        memory_formats: Sequence[str] = tuple(MEMORY_FORMATS),
+    ) -> Comparison:
+        contestants = layer_contestants(
+            shape, self.setting, LAYER_MODES[mode], self.peers, memory_formats
+        )
         return self.compare(suite, str(shape), mode, shape._asdict(), contestants)
 
     def say(self, text: str) -> None:
@@ -206,7 +217,8 @@ def run_scaling(benchmark: Benchmark) -> None:
 
         def compare(size: int, kernel_size: int, mode: str = mode) -> Comparison:
             shape = LayerShape(args.channels, args.channels, size, size, kernel_size, args.heads)
-            return benchmark.compare_layer("scaling", shape, mode)
+            # One format, so that a curve does not jump where the other one is faster.
+            return benchmark.compare_layer("scaling", shape, mode, ["channels_last"])
 
         by_size = [compare(size, args.kernel_size) for size in args.sizes]
         figures: dict[str, tuple[report.Figure, bool]] = {

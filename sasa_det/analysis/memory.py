@@ -81,6 +81,7 @@ def _measure_in_process(build: Build, sender: Connection) -> None:
     result: PeakMemory | str
     try:
         limit_memory()
+        _return_blocks_when_freed()
         steps = build()
         steps.warm_up()
         gc.collect()
@@ -126,6 +127,16 @@ def _reset_peak() -> None:
     """Linux lets a process forget its peak; elsewhere the peak of building remains in it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _return_blocks_when_freed() -> None:
+    """Has the C library map large blocks one by one, so that what is resident is what is in use.
+
+    By itself it keeps some of what was freed, how much depends on the order of sizes.
+    """
+    mmap_threshold, size = -3, 64 * 1024  # M_MMAP_THRESHOLD of malloc.h; bytes
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).mallopt(mmap_threshold, size)
 
 
 def _return_freed_memory() -> None:

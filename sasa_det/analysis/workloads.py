@@ -106,11 +106,15 @@ def attention_shapes(config: CfgNode, image_size: int) -> dict[LayerShape, list[
 
 
 def layer_contestants(
-    shape: LayerShape, setting: Setting, training: bool, peers: Iterable[str] = ()
+    shape: LayerShape,
+    setting: Setting,
+    training: bool,
+    peers: Iterable[str] = (),
+    memory_formats: Iterable[str] = tuple(MEMORY_FORMATS),
 ) -> list[Contestant]:
-    """The convolution, ours by each backend, and these peers, each in both memory formats."""
+    """The convolution, ours by each backend, and these peers, each in these memory formats."""
     contestants = []
-    for memory_format in MEMORY_FORMATS:
+    for memory_format in memory_formats:
         automatic, others = serving_backends(shape, setting, memory_format)
         backends = {CONVOLUTION: None, OURS: automatic}
         backends.update({f"{OURS} ({name})": name for name in others})

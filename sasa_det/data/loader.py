@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
 from multiprocessing.synchronize import Event
@@ -59,7 +60,7 @@ class TrainLoader:
             batch_sampler=TrainingBatches(self),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=functools.partial(_outlive_termination, is_ending),
+            worker_init_fn=functools.partial(_live_as_long_as_the_training, is_ending),
         )
         for step, batch in enumerate(batches, self.start):
             _seed((self.seed, step, comm.get_rank()))
@@ -120,11 +121,23 @@ def _seed(entropy: tuple[int, ...]) -> None:
     torch.manual_seed(seed)
 
 
-def _outlive_termination(is_ending: Event, worker: int) -> None:
-    """Ignores the SIGTERM that schedulers send to all processes: the last step needs its images."""
+def _live_as_long_as_the_training(is_ending: Event, worker: int) -> None:
+    """Ignores the SIGTERM that schedulers send to all processes: the last step needs its images.
+
+    But leaves when the training is killed. torch sees that only where the training is the parent,
+    not where a fork server is, which Python 3.14 takes by default.
+    """
 
     def leave_if_ending(*signal_and_frame: Any) -> None:
         if is_ending.is_set():
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave_if_ending)
+    threading.Thread(
+        target=_leave_after, args=[multiprocessing.parent_process()], daemon=True
+    ).start()
+
+
+def _leave_after(training: Any) -> None:
+    training.join()
+    os._exit(1)
