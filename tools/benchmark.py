@@ -65,9 +65,9 @@ HOW = f"""\
   both; ratios refer to the baseline's faster one in time, to its smaller one in memory. Scaling is
   measured in channels_last.
 - Peak memory is that of a step, above model and input: on the CPU the resident memory of a process
-  of its own, whose C library gives large blocks back as soon as they are freed; on CUDA what torch's
-  allocator handed out. "whole process" is its peak with everything (on CUDA: with model and input).
-  1 MiB is 2^20 bytes.
+  of its own, whose C library gives back at once what is freed; on CUDA what torch's allocator
+  handed out. "whole process" is its peak with everything (on CUDA: with model and input). 1 MiB is
+  2^20 bytes.
 - Detectors have random weights and find no boxes. A training step is forward, backward and SGD."""
 
 
