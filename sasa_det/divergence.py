@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,27 @@ class ForwardState:
             self._detector.loss_normalizer = self._normalizer
 
 
+def give_errors_as_losses(detector: nn.Module) -> None:
+    """Has a detector in training return a loss that is not finite, where it would raise that.
+
+    detectron2's region proposal network raises FloatingPointError, in the one process whose images
+    it met; the others would wait for its gradients.
+    """
+    # A method of the detector's own, which copies of it get as theirs.
+    detector.forward = MethodType(_forward, detector)
+
+
+def _forward(detector: Any, batch: Any) -> Any:
+    try:
+        return type(detector).forward(detector, batch)
+    except FloatingPointError:
+        if not detector.training:
+            raise
+        # Of all parameters: DistributedDataParallel expects a gradient of each.
+        learned = [x.sum() for x in detector.parameters() if x.requires_grad]
+        return {"proposals": torch.stack(learned).sum() * math.nan}
+
+
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     # By their greatest values: a sum of squares overflows earlier than they do.
     return bool(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite())
@@ -48,8 +70,14 @@ def describe(step: int, losses: dict[str, float], batch: Sequence[dict]) -> dict
     """``DivergedError.facts`` of the whole batch; all processes must call it with their share."""
     files = [str(image.get("file_name", image.get("image_id"))) for image in batch]
     shares = comm.all_gather((losses, files))
+    # Where one of them raised instead, it has other losses than the others.
+    names = dict.fromkeys(name for x, _ in shares for name in x)
     return {
         "step": step,
-        "losses": {name: sum(x[name] for x, _ in shares) / len(shares) for name in losses},
+        "losses": {name: _mean([x[name] for x, _ in shares if name in x]) for name in names},
         "files": [name for _, names in shares for name in names],
     }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

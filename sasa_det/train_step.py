@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sasa_det.distributed import any_process
-from sasa_det.divergence import DivergedError, ForwardState, are_finite, describe
+from sasa_det.divergence import (
+    DivergedError,
+    ForwardState,
+    are_finite,
+    describe,
+    give_errors_as_losses,
+)
 from sasa_det.modeling import SASARetinaNet
 
 
@@ -50,6 +56,7 @@ class StepTrainer(SimpleTrainer):
             self.device_type, enabled=precision == torch.float16
         )
         self._detector = model.module if isinstance(model, DistributedDataParallel) else model
+        give_errors_as_losses(self._detector)
         if isinstance(self._detector, SASARetinaNet):
             self._detector.num_parts = num_parts
 

@@ -33,6 +33,11 @@ SYNCHRONISED = ["MODEL.RESNETS.NORM", "SyncBN"]
 IN_PARTS = ["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
 IN_PARTS += ["MODEL.RESNETS.WIDTH_PER_GROUP", "32"]
 SPOILED = [*SYNCHRONISED, "SOLVER.MAX_SKIPPED_BATCHES", "3"]
+# Its proposals are what is not finite; detectron2 raises an error then, in that rank alone.
+PROPOSING = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NAME"]
+PROPOSING += ["StandardROIHeads", "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
+PROPOSING += ["MODEL.ROI_BOX_HEAD.NUM_FC", "1", "MODEL.RPN.IN_FEATURES", "('p3', 'p4', 'p5')"]
+PROPOSING += ["MODEL.ROI_HEADS.IN_FEATURES", "('p3', 'p4')", "SOLVER.MAX_SKIPPED_BATCHES", "3"]
 # Everything that a loader draws: order, size, flip; wide and high pictures apart.
 DRAWN = ["DATASETS.TRAIN", "('ranks_pictures',)", "INPUT.RANDOM_FLIP", "horizontal"]
 DRAWN += ["INPUT.MIN_SIZE_TRAIN", "(32, 48, 64)", "SOLVER.IMS_PER_BATCH", "4", "SEED", "3"]
@@ -46,7 +51,7 @@ class DoubleTrainer(Trainer):
         return super().build_model(cfg).double()
 
 
-class SpoiledTrainer(DoubleTrainer):
+class SpoiledTrainer(Trainer):
     """The second image of the second batch, which the second of two ranks gets, is not finite."""
 
     @classmethod
@@ -63,6 +68,10 @@ class SpoiledTrainer(DoubleTrainer):
         index, _ = next(islice(loader.batches(), 1, 2))[1]
         bad = loader.images[index]["file_name"]
         return loader
+
+
+class SpoiledDoubleTrainer(SpoiledTrainer, DoubleTrainer):
+    pass
 
 
 def make_trainer(kind: type[Trainer], folder: Path, *overrides: str) -> Trainer:
@@ -128,9 +137,13 @@ def main(args: argparse.Namespace) -> None:
         "in parts": train(folder / "parts", *IN_PARTS, "SOLVER.ACCUMULATION_STEPS", "2"),
         "batches": comm.gather(batches()),
     }
-    spoiled = train(folder / "spoiled", *SPOILED, kind=SpoiledTrainer)
+    spoiled = train(folder / "spoiled", *SPOILED, kind=SpoiledDoubleTrainer)
     results["skipped"] = comm.gather(spoiled.pop("trainer")._trainer.num_skipped)
     results["spoiled"] = spoiled
+    proposing = train(folder / "proposing", *PROPOSING, kind=SpoiledTrainer)
+    results["proposing"] = comm.gather(
+        (proposing["trainer"]._trainer.num_skipped, proposing["weights"])
+    )
     results["float32"] = train(folder / "float32", *SYNCHRONISED, kind=Trainer)["weights"]
     del results["in parts"]["trainer"]
     if comm.is_main_process():

@@ -75,7 +75,9 @@ def one(folder, two):
         "synchronised": synchronised,
         "AP": ranks.evaluate(trainer),
         "in parts": ranks.train(folder / "one_whole", *ranks.IN_PARTS),
-        "spoiled": ranks.train(folder / "one_spoiled", *ranks.SPOILED, kind=ranks.SpoiledTrainer),
+        "spoiled": ranks.train(
+            folder / "one_spoiled", *ranks.SPOILED, kind=ranks.SpoiledDoubleTrainer
+        ),
     }
     torch.set_num_threads(threads)
 
@@ -107,6 +109,15 @@ def test_they_come_to_the_same_weights_and_statistics(one, two, training):
 def test_both_skip_the_batch_whose_loss_is_not_finite_in_one(one, two):
     assert one["spoiled"]["trainer"]._trainer.num_skipped == 1
     assert two["skipped"] == [1, 1]
+
+
+def test_both_skip_the_batch_whose_proposals_are_not_finite_in_one(two):
+    (skipped, weights), (skipped_there, weights_there) = two["proposing"]
+    assert skipped == skipped_there == 1
+    for name, tensor in weights.items():
+        assert tensor.isfinite().all(), name
+        # Batch norm's averages are each rank's own.
+        assert "running" in name or torch.equal(weights_there[name], tensor), name
 
 
 def test_evaluation_shared_out_to_two_ranks_gives_the_figures_of_one(one, two):
