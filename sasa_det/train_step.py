@@ -71,7 +71,6 @@ class StepTrainer(SimpleTrainer):
         losses = self._backward(batch)
         if any_process(not self._is_finite(losses)):
             before.restore()
-            self.optimizer.zero_grad()
             self._skip_or_raise(batch, losses)
             return
         self._write_metrics(losses, data_time)
