@@ -205,3 +205,11 @@ def test_a_scale_that_is_too_great_is_the_scalers_business():
         trainer.iter = 1
         with pytest.raises(DivergedError):
             trainer.run_step()
+
+
+def test_a_loss_that_is_not_finite_is_none_of_the_scalers_business():
+    _, trainer = make_trainer_with_a_bad_batch("image")
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.iter = 1
+    with EventStorage() as trainer.storage, pytest.raises(DivergedError):
+        trainer.run_step()
