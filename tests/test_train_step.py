@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from sasa_det.config import check_processes, load_config
-from sasa_det.divergence import DivergedError
+from sasa_det.divergence import DivergedError, are_finite
 from sasa_det.train_step import StepTrainer
 
 DEMO = str(CONFIGS / "demo.yaml")
@@ -213,3 +213,10 @@ def test_a_loss_that_is_not_finite_is_none_of_the_scalers_business():
     trainer.iter = 1
     with EventStorage() as trainer.storage, pytest.raises(DivergedError):
         trainer.run_step()
+
+
+def test_what_is_great_is_finite():
+    great = torch.full((4,), 1e30)  # its square is not
+    assert are_finite([great, torch.zeros(3)])
+    assert not are_finite([great, torch.tensor([1.0, float("inf")])])
+    assert not are_finite([torch.tensor([float("nan")]), great])
