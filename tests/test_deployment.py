@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
+from torch.export import Dim
 
 import sasa_det  # noqa: F401
 
@@ -22,6 +23,7 @@ from detectron2.modeling import build_model
 from sasa_det.config import load_config
 from sasa_det.deployment import export_onnx, export_program, network_of, open_onnx, run_onnx
 from sasa_det.deployment.export import require
+from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.ops.decompositions import decompositions
 from sasa_det.ops.registration import (
     local_attention_op,
@@ -88,6 +90,19 @@ def test_the_decomposed_stem_is_that_of_the_operator(height, width, relative):
     actual = [decompositions()[stem.default](*inputs), *decompositions()[pooled.default](*inputs)]
     for a, e in zip(actual, [stem_attention_op(*inputs), *stem_attention_pooled_op(*inputs)]):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+def test_a_decomposed_program_takes_other_sizes_than_its_example():
+    """The example has one block of queries; a program may have taken that for a constant."""
+    layer = LocalSelfAttention2d(8, 8, kernel_size=5, num_heads=2).eval()
+    sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    with torch.no_grad():
+        example = (torch.randn(2, 8, 3, 4),)
+        program = torch.export.export(layer, example, dynamic_shapes=sizes)
+        program = program.run_decompositions(decompositions()).module()
+        for n, height, width in ((1, 2, 3), (2, 4, 4), (1, 5, 9), (3, 17, 12)):
+            x = torch.randn(n, 8, height, width)
+            assert difference(program(x), layer(x)) < 1e-5
 
 
 # Two levels are as good as five, and quicker.
@@ -246,6 +261,20 @@ TWO_STAGES = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", "1"),
     *("MODEL.SASA.ATTENTION_STAGES", "['res5']"),
 ]
+
+
+@pytest.mark.slow
+def test_a_program_takes_images_of_any_size_above_the_coarsest_stride():
+    network = network_of(small("retinanet_full_attn"))
+    program = export_program(network).module()
+    # P7 has 2 to 6 rows: one block of queries, or two.
+    for size in ((1, 129, 160), (2, 300, 257), (1, 640, 700)):
+        images = torch.rand(size[0], 3, *size[1:]) * 255
+        with torch.no_grad():
+            wanted = network(images)
+        for actual, expected in zip(program(images), wanted):
+            assert difference(actual, expected) < 1e-4
+
 
 LOADS_WITHOUT_THIS_PACKAGE = """
 import sys

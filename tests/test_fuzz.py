@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sasa_det.ops import (
@@ -293,6 +293,8 @@ def test_the_pooled_stem_is_the_stem_pooled(backend):
         for actual, wanted in zip(results, exact):
             assert (actual.double() - wanted).norm() <= 100 * eps * (1 + wanted.norm())
         exact_grads = torch.autograd.grad(sum(x.sum() for x in exact), exact_leaves)
+        # Sums of squares over an image: float16 cannot hold the gradients of all of them.
+        assume(all(x.abs().max() < torch.finfo(tensors[0].dtype).max / 2 for x in exact_grads))
         size = sum(x.norm() for x in exact_grads)
         for actual, wanted in zip(grads, exact_grads):
             assert (actual.double() - wanted).norm() <= 100 * eps * (1 + size)

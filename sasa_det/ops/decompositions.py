@@ -72,10 +72,9 @@ def window_positions(y: Tensor, x: Tensor, kernel_size: int) -> Positions:
     slots = torch.arange(halo, device=device)
     y, x = y[:, None, None], x[:, None]
     table = (y * width + x) * (kernel_size + 1)
-    starts = (_block_starts(size, BLOCK_SIZE, device) for size in (height, width))
-    rows, cols = (start + slots - radius for start in starts)
-    inside = _outer(torch.logical_and, *_inside(rows, height, cols, width))
-    keys = _outer(torch.add, rows * width, cols)
+    rows, cols = (at - radius for at in _by_block(height, width, BLOCK_SIZE, halo, device))
+    inside = _inside(rows, height) & _inside(cols, width)
+    keys = rows * width + cols
     row_logits, col_logits = ((table + _offsets(at, radius, slots)).flatten() for at in (y, x))
     return Positions(
         row_logits,
@@ -188,7 +187,7 @@ def _places(num_blocks: int, block_size: int, device: torch.device) -> tuple[Ten
     """The first three of :class:`Positions`, for positions block by block."""
     slots = torch.arange(block_size, device=device)
     place = torch.arange(block_size**2, device=device)[:, None]
-    axes = torch.div(place, block_size, rounding_mode="trunc"), place % block_size
+    axes = _div(place, block_size), place % block_size
     grid = (num_blocks, block_size**2)
     table = 2 * block_size * torch.arange(num_blocks * block_size**2, device=device).view(*grid, 1)
     indices = ((table + slots - at + block_size - 1).flatten() for at in axes)
@@ -202,10 +201,8 @@ def _inside_image(call: StemCall) -> Tensor | None:
     # Not to be asked of a size that an exporter leaves open: it would make it one that divides.
     if all(statically_known_true(size % block_size == 0) for size in (height, width)):
         return None
-    device = call.image.device
-    within = torch.arange(block_size, device=device)
-    rows, cols = (_block_starts(size, block_size, device) + within for size in (height, width))
-    return _outer(torch.logical_and, *_inside(rows, height, cols, width))
+    rows, cols = _by_block(height, width, block_size, block_size, call.image.device)
+    return _inside(rows, height) & _inside(cols, width)
 
 
 def _stem_in_map(call: StemCall, blocks: Tensor) -> Tensor:
@@ -253,20 +250,18 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, *, num_queries: int, num_keys: int
 ) -> tuple[Tensor, Tensor]:
     """Output (N, heads, L, d) and log-sum-exp (N, heads, L); queries and keys are extended."""
-    query = query.unflatten(2, (-1, num_queries))
-    key, value = (x.unflatten(2, (-1, num_keys)) for x in (key, value))
-    logits = (query @ key.transpose(3, 4)).relu()
-    output = logits.softmax(dim=4) @ value
-    return output.flatten(2, 3), logits.logsumexp(dim=4).flatten(2)
+    grid = (*value.shape[:2], -1)
+    # Images, heads and blocks in one dimension, by way of the flat one: an exporter whose example
+    # has one block takes the number of blocks for a constant, where it stands by itself.
+    query = query.flatten(0, 2).unflatten(0, (-1, num_queries))
+    key, value = (x.flatten(0, 2).unflatten(0, (-1, num_keys)) for x in (key, value))
+    logits = (query @ key.transpose(1, 2)).relu()
+    output = (logits.softmax(dim=2) @ value).flatten(0, 1).unflatten(0, grid)
+    return output, logits.logsumexp(dim=2).flatten().unflatten(0, grid)
 
 
-def _outer(function: Callable, rows: Tensor, cols: Tensor) -> Tensor:
-    """Of (blocks, rows) and (blocks, columns): flat, block by block."""
-    return function(rows[:, None, :, None], cols[:, None]).flatten()
-
-
-def _inside(rows: Tensor, height: int, cols: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return (rows >= 0) & (rows < height), (cols >= 0) & (cols < width)
+def _inside(at: Tensor, size: int) -> Tensor:
+    return (at >= 0) & (at < size)
 
 
 def _num_blocks(size: int, block_size: int) -> int:
@@ -274,23 +269,38 @@ def _num_blocks(size: int, block_size: int) -> int:
     return (size + block_size - 1) // block_size
 
 
-def _block_starts(size: int, block_size: int, device: torch.device) -> Tensor:
-    return block_size * torch.arange(_num_blocks(size, block_size), device=device)[:, None]
+def _by_block(
+    height: int, width: int, block_size: int, side: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns of ``side * side`` positions for each block, from its first one on: flat.
+
+    Computed from one index: an exporter takes the number of blocks for a constant, where it is one
+    in the example and a side of a tensor.
+    """
+    across = _num_blocks(width, block_size)
+    number = _num_blocks(height, block_size) * across
+    index = torch.arange(number * side**2, device=device)
+    block, place = _div(index, side**2), index % side**2
+    block_row = _div(block, across)
+    block_col = block - block_row * across  # ONNX has no remainder by a size
+    return block_row * block_size + _div(place, side), block_col * block_size + place % side
+
+
+def _div(index: Tensor, by: int) -> Tensor:
+    # Truncated, which is one node where a floor division is eight.
+    return torch.div(index, by, rounding_mode="trunc")
 
 
 def _in_blocks(height: int, width: int, block_size: int, device: torch.device) -> Tensor:
     """Which position of the map each position of the blocks is; past the border, the last."""
-    within = torch.arange(block_size, device=device)
-    rows = (_block_starts(height, block_size, device) + within).clamp(max=height - 1)
-    cols = (_block_starts(width, block_size, device) + within).clamp(max=width - 1)
-    return _outer(torch.add, rows * width, cols)
+    rows, cols = _by_block(height, width, block_size, block_size, device)
+    return rows.clamp(max=height - 1) * width + cols.clamp(max=width - 1)
 
 
 def _in_map(height: int, width: int, block_size: int, device: torch.device) -> Tensor:
     """Which position of the blocks each position of the map is: the inverse."""
     y = torch.arange(height, device=device)[:, None]
     x = torch.arange(width, device=device)
-    # Truncated, which is one node where a floor division is eight.
-    block_row, block_col = (torch.div(at, block_size, rounding_mode="trunc") for at in (y, x))
+    block_row, block_col = _div(y, block_size), _div(x, block_size)
     block = block_row * _num_blocks(width, block_size) + block_col
     return ((block * block_size + y % block_size) * block_size + x % block_size).flatten()
