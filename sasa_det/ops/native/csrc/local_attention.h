@@ -35,10 +35,9 @@ typedef struct {
     float *query, *grad_output, *result; /* plain rows of all channels */
     float *shifted_query, *shifted_grad_output;
     float *logsumexp;                 /* a plain row of one channel */
-    float *apart;                     /* the rows of a packed row */
     V *logits, *grads;                /* [size * cols], of one vector of queries */
     V *row_logits, *col_logits;       /* [size] */
-    V *row_mask, *col_mask;           /* [size], [vectors * cols]: 0, or OUTSIDE */
+    V *col_mask;                      /* [vectors * cols]: 0, or OUTSIDE */
     float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
     V *grad_rel_rows, *grad_rel_cols; /* [size * head_dim / 2] */
 } Task;
@@ -48,16 +47,6 @@ static void *take(char **scratch, int64_t count, size_t size) {
     char *start = *scratch;
     *scratch = start + (count * size + 63) / 64 * 64;
     return start;
-}
-
-/* Whether a projected row goes straight to where it is used: not if it is in several packed rows. */
-INLINE bool projects_directly(const Task *task) {
-    return task->call->in_channels && task->plain.pack == 1;
-}
-
-/* Of `projected`: one, or those from the first key in a window to the last. */
-INLINE int64_t projected_rows(const Task *task) {
-    return task->plain.pack == 1 ? 1 : task->size + 2 * task->plain.pack - 1;
 }
 
 /* Lays out `task` at `scratch` and returns the end of it. */
@@ -73,20 +62,16 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
     task->query = take(&scratch, plain, sizeof(float));
     task->result = take(&scratch, plain, sizeof(float));
     task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
-    task->apart = take(&scratch, channels * task->plain.width * task->plain.pack, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
     task->col_logits = take(&scratch, task->size, sizeof(V));
-    task->row_mask = take(&scratch, task->size, sizeof(V));
     task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
     if (task->call->in_channels) {
-        int64_t row = task->plain.width * task->columns;
-        task->projected = take(&scratch, projected_rows(task) * row, sizeof(float));
+        task->projected = take(&scratch, task->plain.width * task->columns, sizeof(float));
         task->projection =
             take(&scratch, task->call->in_channels * task->columns, sizeof(float));
         task->bias = take(&scratch, task->columns, sizeof(float));
-        if (projects_directly(task))
-            task->query_ring = take(&scratch, (task->radius + 1) * plain, sizeof(float));
+        task->query_ring = take(&scratch, (task->radius + 1) * plain, sizeof(float));
     }
     if (!backward) return scratch;
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
@@ -111,9 +96,8 @@ static void shape_task(Task *task, const AttentionCall *call) {
     task->col_radius = task->radius < call->width ? task->radius : call->width - 1;
     task->cols = 2 * task->col_radius + 1;
     task->plain = make_layout(call->height, call->width);
-    int64_t reach = task->col_radius * task->plain.pack;
-    task->shifted = padded(task->plain, reach);
-    task->kept = padded(task->plain, ceil_div(reach, LANES) * LANES);
+    task->shifted = padded(task->plain, task->col_radius);
+    task->kept = padded(task->plain, ceil_div(task->col_radius, LANES) * LANES);
     task->columns = ceil_div(3 * call->head_dim, LANES) * LANES;
 }
 
@@ -138,11 +122,11 @@ INLINE Map map_from(const Map *map, int64_t n, int64_t channel) {
     return from;
 }
 
-/* Makes the maps of queries, keys and values rings of rows that are projected when they are needed. */
+/* Makes the map of queries a ring of rows that are projected when they are needed, and those of keys
+   and values the row that is projected last. */
 static void start_projection(Task *task) {
     const AttentionCall *call = task->call;
     const int64_t channels = call->head_dim, in = call->in_channels, columns = task->columns;
-    Map *maps[] = {&task->query_map, &task->key_map, &task->value_map};
     memset(task->projection, 0, in * columns * sizeof(float));
     memset(task->bias, 0, columns * sizeof(float));
     for (int64_t part = 0; part < 3; part++) {
@@ -151,28 +135,27 @@ static void start_projection(Task *task) {
                     columns);
         if (call->bias)
             memcpy(task->bias + part * channels, call->bias + row, channels * sizeof(float));
-        *maps[part] = (Map){.data = task->projected + part * channels,
-                            .stride_c = 1,
-                            .stride_h = task->plain.width * columns,
-                            .stride_w = columns,
-                            .dtype = FLOAT32,
-                            .ring = projected_rows(task)};
     }
-    if (projects_directly(task))
-        task->query_map = (Map){.data = task->query_ring,
-                                .stride_c = task->plain.floats,
-                                .stride_h = channels * task->plain.floats,
-                                .stride_w = 1,
-                                .dtype = FLOAT32,
-                                .ring = task->radius + 1};
+    task->query_map = (Map){.data = task->query_ring,
+                            .stride_c = task->plain.floats,
+                            .stride_h = channels * task->plain.floats,
+                            .stride_w = 1,
+                            .dtype = FLOAT32,
+                            .ring = task->radius + 1};
+    task->key_map = (Map){.data = task->projected + channels,
+                          .stride_c = 1,
+                          .stride_w = columns,
+                          .dtype = FLOAT32};
+    task->value_map = task->key_map;
+    task->value_map.data = task->projected + 2 * channels;
     task->next_projected = 0;
 }
 
 /* Puts a row that was just projected where its queries, keys and values are used. */
 static void distribute_row(Task *task, int64_t row) {
     const int64_t channels = task->call->head_dim, slot = slot_of(task, &task->shifted, row);
-    read_rows(&task->shifted, &task->key_map, 0, 0, channels, row, task->key_ring + slot, NULL);
-    read_rows(&task->shifted, &task->value_map, 0, 0, channels, row, task->value_ring + slot, NULL);
+    read_padded(&task->shifted, &task->key_map, 0, 0, channels, row, task->key_ring + slot);
+    read_padded(&task->shifted, &task->value_map, 0, 0, channels, row, task->value_ring + slot);
     transpose(task->projected, task->columns, task->plain.width, channels,
               task->query_ring + row_start(&task->query_map, 0, 0, row), task->plain.floats);
 }
@@ -184,19 +167,13 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
     if (!call->in_channels) return;
     if (until > s->height) until = s->height;
     if (task->next_projected < from) task->next_projected = from;
-    const int64_t ring = projected_rows(task);
-    const bool evenly = call->input.stride_h == s->width * call->input.stride_w;
-    for (int64_t row = task->next_projected, count; row < until; row += count) {
+    for (; task->next_projected < until; task->next_projected++) {
+        const int64_t row = task->next_projected;
         const float *x =
             (const float *)call->input.data + row_start(&call->input, task->n, 0, row);
-        /* Several rows are one long row, as far as the ring is. */
-        count = evenly ? until - row : 1;
-        if (count > ring - row % ring) count = ring - row % ring;
-        project_row(x, x + count * call->input.stride_h, call->input.stride_w, count * s->width,
-                    call->in_channels, task->projection, task->columns, task->bias,
-                    task->projected + row % ring * s->width * task->columns);
-        if (projects_directly(task)) distribute_row(task, row);
-        task->next_projected = row + count;
+        project_row(x, x + call->input.stride_h, call->input.stride_w, s->width, call->in_channels,
+                    task->projection, task->columns, task->bias, task->projected);
+        distribute_row(task, row);
     }
 }
 
@@ -208,10 +185,9 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
     task->head = index / call->bands % call->heads;
     task->n = index / call->bands / call->heads;
     task->channel = task->head * call->head_dim;
-    int64_t groups = ceil_div(call->height, s->pack), band = index % call->bands;
-    task->begin = groups * band / call->bands * s->pack;
-    task->end = groups * (band + 1) / call->bands * s->pack;
-    if (task->end > call->height) task->end = call->height;
+    int64_t band = index % call->bands;
+    task->begin = call->height * band / call->bands;
+    task->end = call->height * (band + 1) / call->bands;
     task->next_row = INT64_MIN;
     if (call->in_channels) {
         start_projection(task);
@@ -223,34 +199,27 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
     for (int64_t t = 0; t < s->vectors; t++)
         for (int64_t o = 0; o < task->cols; o++)
             for (int lane = 0; lane < LANES; lane++) {
-                int64_t x = (t * LANES + lane) / s->pack + o - task->col_radius;
+                int64_t x = t * LANES + lane + o - task->col_radius;
                 task->col_mask[t * task->cols + o][lane] = x >= 0 && x < s->width ? 0 : OUTSIDE;
             }
 }
 
-/* Makes the window of the queries from `row` on the current one. */
+/* Makes the window of the queries of `row` the current one. */
 static void move_window(Task *task, int64_t row) {
     const AttentionCall *call = task->call;
     const Layout *s = &task->shifted;
-    int64_t top = row - task->radius;
-    /* Row offsets that no query of the row sees are left out. */
-    task->first = top + s->pack > 0 ? 0 : -top - s->pack + 1;
-    task->last = task->size - 1;
-    if (top + task->last >= s->height) task->last = s->height - 1 - top;
-    project_rows(task, top, row + task->radius + s->pack);
+    const int64_t top = row - task->radius, channels = call->head_dim;
+    /* Rows outside the map are left out. */
+    task->first = top >= 0 ? 0 : -top;
+    task->last = top + task->size <= s->height ? task->size - 1 : s->height - 1 - top;
+    project_rows(task, top, row + task->radius + 1);
     for (int64_t a = task->first; a <= task->last; a++) {
         int64_t slot = slot_of(task, s, top + a);
         task->keys[a] = task->key_ring + slot;
         task->values[a] = task->value_ring + slot;
-        if (top + a >= task->next_row && !projects_directly(task)) {
-            read_rows(s, &task->key_map, 0, 0, call->head_dim, top + a, task->keys[a], task->apart);
-            read_rows(s, &task->value_map, 0, 0, call->head_dim, top + a, task->values[a],
-                      task->apart);
-        }
-        for (int lane = 0; lane < LANES; lane++) {
-            int64_t y = top + a + lane % s->pack;
-            task->row_mask[a][lane] = y >= 0 && y < s->height ? 0 : OUTSIDE;
-        }
+        if (top + a < task->next_row || call->in_channels) continue;
+        read_padded(s, &task->key_map, 0, 0, channels, top + a, task->keys[a]);
+        read_padded(s, &task->value_map, 0, 0, channels, top + a, task->values[a]);
     }
 }
 
@@ -260,15 +229,15 @@ INLINE V embedding_dot(const float *x, int64_t stride, const float *embedding, i
     return total;
 }
 
-/* q . r of a vector of queries at `query`, factorised into rows and columns, and the masks. */
+/* q . r of a vector of queries at `query`, factorised into rows and columns, and the mask. */
 static void position_logits(Task *task, const float *query, int64_t vector) {
     const AttentionCall *call = task->call;
     const int64_t half = call->head_dim / 2, stride = task->plain.floats;
     const int64_t first_col = task->radius - task->col_radius;
     for (int64_t a = task->first; a <= task->last; a++) {
-        task->row_logits[a] = task->row_mask[a];
+        task->row_logits[a] = (V){0};
         if (call->rel_rows)
-            task->row_logits[a] += embedding_dot(
+            task->row_logits[a] = embedding_dot(
                 query, stride, call->rel_rows + (task->head * task->size + a) * half, half);
     }
     for (int64_t o = 0; o < task->cols; o++) {
@@ -288,8 +257,8 @@ static V compute_logits(Task *task, int64_t vector) {
     V highest = splat(-INFINITY);
     for (int64_t a = task->first; a <= task->last; a++) {
         V *logits = task->logits + a * cols;
-        dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, task->plain.pack,
-             cols, task->call->head_dim, logits);
+        dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, cols,
+             task->call->head_dim, logits);
         for (int64_t o = 0; o < cols; o++) {
             logits[o] += task->row_logits[a] + task->col_logits[o];
             highest = maximum(highest, logits[o]);
@@ -304,8 +273,8 @@ static void weighted_sum(Task *task, const V *weights, float *const *rows, int64
     float *result = task->result + at;
     for (int64_t c = 0; c < channels; c++) store(result + c * task->plain.floats, (V){0});
     for (int64_t a = task->first; a <= task->last; a++)
-        add_weighted(weights + a * task->cols, rows[a] + at, task->shifted.floats,
-                     task->plain.pack, task->cols, channels, result, task->plain.floats);
+        add_weighted(weights + a * task->cols, rows[a] + at, task->shifted.floats, task->cols,
+                     channels, result, task->plain.floats);
 }
 
 /* A vector of the output, and of the log-sum-exp. */
@@ -335,12 +304,12 @@ static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *t
     const Layout *s = &task->plain;
     const int64_t n = task->n, channel = task->channel, channels = call->head_dim;
     if (!call->in_channels) {
-        prefetch_rows(s, &task->query_map, 0, 0, channels, row + s->pack, vector, s->vectors, false);
-        prefetch_rows(s, &task->key_map, 0, 0, channels, task->next_row, vector, s->vectors, false);
-        prefetch_rows(s, &task->value_map, 0, 0, channels, task->next_row, vector, s->vectors,
-                      false);
+        prefetch_row(s, &task->query_map, 0, 0, channels, row + 1, vector, s->vectors, false);
+        prefetch_row(s, &task->key_map, 0, 0, channels, task->next_row, vector, s->vectors, false);
+        prefetch_row(s, &task->value_map, 0, 0, channels, task->next_row, vector, s->vectors,
+                     false);
     }
-    prefetch_rows(s, to_write, n, channel, channels, row, vector, s->vectors, true);
+    prefetch_row(s, to_write, n, channel, channels, row, vector, s->vectors, true);
 }
 
 static void forward_task(const void *arguments, int64_t index, char *scratch) {
@@ -349,17 +318,15 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     start_task(&task, call, index, scratch, false);
     const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
-    for (int64_t row = task.begin; row < task.end; row += s->pack) {
+    for (int64_t row = task.begin; row < task.end; row++) {
         move_window(&task, row);
         task.next_row = row + task.radius + 1;
-        read_rows(s, &task.query_map, 0, 0, call->head_dim, row, task.query, task.apart);
+        read_padded(s, &task.query_map, 0, 0, call->head_dim, row, task.query);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->output);
             attend(&task, vector);
         }
-        write_rows(s, &call->output, task.n, task.channel, call->head_dim, row, task.result, task.apart,
-                   task.begin, task.end, false);
-        write_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart, task.begin,
-                   task.end, false);
+        write_unpadded(s, &call->output, task.n, task.channel, call->head_dim, row, task.result);
+        write_unpadded(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
     }
 }

@@ -10,7 +10,7 @@ static void logit_gradients(Task *task, int64_t vector) {
     for (int64_t a = task->first; a <= task->last; a++) {
         V *weights = task->logits + a * cols, *grads = task->grads + a * cols;
         dots(task->grad_output + at, task->plain.floats, task->values[a] + at,
-             task->shifted.floats, task->plain.pack, cols, task->call->head_dim, grads);
+             task->shifted.floats, cols, task->call->head_dim, grads);
         for (int64_t o = 0; o < cols; o++) {
             weights[o] = exponential(weights[o] - logsumexp);
             store(task->weights + (a * cols + o) * kept + task->kept.pad + at, weights[o]);
@@ -62,15 +62,15 @@ static void query_gradient(Task *task, int64_t vector) {
 /* Adds to a row of the gradients of keys or values what a row of queries, seen from row offset `a`,
    gives: the sum over columns of `kept` weights times `rows`. */
 static void add_to_row(Task *task, const float *kept, const float *rows, int64_t a, float *sums) {
-    const int64_t cols = task->cols, pack = task->plain.pack;
+    const int64_t cols = task->cols;
     for (int64_t vector = 0; vector < task->plain.vectors; vector++) {
         int64_t at = vector * LANES;
         V *weights = task->grads; /* done with by now */
         /* The query that sees a key o columns to its right stands o columns to the key's left. */
         for (int64_t o = 0; o < cols; o++)
             weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats +
-                              task->kept.pad + at + (o - task->col_radius) * pack);
-        add_weighted(weights, rows + at, task->shifted.floats, pack, cols, task->call->head_dim,
+                              task->kept.pad + at + o - task->col_radius);
+        add_weighted(weights, rows + at, task->shifted.floats, cols, task->call->head_dim,
                      sums + at, task->plain.floats);
     }
 }
@@ -83,29 +83,17 @@ static void key_value_gradients(Task *task) {
     }
 }
 
-/* Sets the gradients of the keys and values of the band to zero. */
-static void clear_gradients(Task *task) {
+/* Writes the finished rows of the gradients' rings, those before `until`, if they are the band's. */
+static void flush_gradients(const Task *task, int64_t *flushed, int64_t until) {
     const AttentionCall *call = task->call;
-    memset(task->result, 0, call->head_dim * task->plain.floats * sizeof(float));
-    for (int64_t row = task->begin; row < task->end; row += task->plain.pack) {
-        write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, row,
-                   task->result, task->apart, task->begin, task->end, false);
-        write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim, row,
-                   task->result, task->apart, task->begin, task->end, false);
-    }
-}
-
-/* Adds the finished rows of the gradients' rings, those before `until`, to the maps. */
-static void flush_gradients(Task *task, int64_t *flushed, int64_t until) {
-    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
     for (; *flushed < until; (*flushed)++) {
-        if (*flushed >= task->next_row) continue; /* rows between two windows */
-        const bool add = task->plain.pack > 1;   /* a row of the map is in several rows of the ring */
-        int64_t slot = slot_of(task, &task->plain, *flushed);
-        write_rows(&task->plain, &call->grad_key, task->n, task->channel, call->head_dim, *flushed,
-                   task->grad_key_ring + slot, task->apart, task->begin, task->end, add);
-        write_rows(&task->plain, &call->grad_value, task->n, task->channel, call->head_dim,
-                   *flushed, task->grad_value_ring + slot, task->apart, task->begin, task->end, add);
+        const int64_t row = *flushed, slot = slot_of(task, s, row);
+        if (row < task->begin || row >= task->end) continue;
+        write_unpadded(s, &call->grad_key, task->n, task->channel, call->head_dim, row,
+                       task->grad_key_ring + slot);
+        write_unpadded(s, &call->grad_value, task->n, task->channel, call->head_dim, row,
+                       task->grad_value_ring + slot);
     }
 }
 
@@ -127,9 +115,8 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     start_task(&task, call, index, scratch, true);
     const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
-    const int64_t row_floats = call->head_dim * s->floats, window = task.size * task.cols;
+    const int64_t channels = call->head_dim, row_floats = channels * s->floats, window = task.size * task.cols;
     const int64_t count = task.size * (call->head_dim / 2);
-    if (s->pack > 1) clear_gradients(&task);
     /* The padding stays zero. */
     memset(task.weights, 0, window * task.kept.floats * sizeof(float));
     memset(task.grad_logits, 0, window * task.kept.floats * sizeof(float));
@@ -137,10 +124,10 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     memset(task.grad_rel_cols, 0, count * sizeof(V));
     /* Queries of the neighbouring bands see keys of this one. */
     int64_t from = task.begin - task.radius, until = task.end + task.radius;
-    from = from < 0 ? 0 : from / s->pack * s->pack;
+    if (from < 0) from = 0;
     if (until > call->height) until = call->height;
     int64_t flushed = from - task.radius;
-    for (int64_t row = from; row < until; row += s->pack) {
+    for (int64_t row = from; row < until; row++) {
         flush_gradients(&task, &flushed, row - task.radius);
         move_window(&task, row);
         for (int64_t a = 0; a < task.size; a++) {
@@ -152,27 +139,26 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
             memset(task.grad_values[a], 0, row_floats * sizeof(float));
         }
         task.next_row = row + task.radius + 1;
-        read_rows(&task.shifted, &task.query_map, 0, 0, call->head_dim, row, task.shifted_query,
-                  task.apart);
-        read_rows(&task.shifted, &call->grad_output, task.n, task.channel, call->head_dim, row,
-                  task.shifted_grad_output, task.apart);
-        strip_padding(&task.shifted, task.shifted_query, s, call->head_dim, task.query);
-        strip_padding(&task.shifted, task.shifted_grad_output, s, call->head_dim, task.grad_output);
-        read_rows(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp, task.apart);
+        read_padded(&task.shifted, &task.query_map, 0, 0, channels, row, task.shifted_query);
+        read_padded(&task.shifted, &call->grad_output, task.n, task.channel, channels, row,
+                    task.shifted_grad_output);
+        strip_padding(&task.shifted, task.shifted_query, s, channels, task.query);
+        strip_padding(&task.shifted, task.shifted_grad_output, s, channels, task.grad_output);
+        read_padded(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
+        const bool own = row >= task.begin && row < task.end;
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->grad_query);
-            prefetch_rows(s, &call->grad_output, task.n, task.channel, call->head_dim,
-                          row + s->pack, vector, s->vectors, false);
-            prefetch_rows(s, &call->grad_key, task.n, task.channel, call->head_dim,
-                          row - task.radius, vector, s->vectors, true);
-            prefetch_rows(s, &call->grad_value, task.n, task.channel, call->head_dim,
-                          row - task.radius, vector, s->vectors, true);
+            prefetch_row(s, &call->grad_output, task.n, task.channel, channels, row + 1, vector,
+                         s->vectors, false);
+            prefetch_row(s, &call->grad_key, task.n, task.channel, channels, row - task.radius,
+                         vector, s->vectors, true);
+            prefetch_row(s, &call->grad_value, task.n, task.channel, channels, row - task.radius,
+                         vector, s->vectors, true);
             logit_gradients(&task, vector);
-            if (row >= task.begin && row < task.end) query_gradient(&task, vector);
+            if (own) query_gradient(&task, vector);
         }
-        if (row >= task.begin && row < task.end)
-            write_rows(s, &call->grad_query, task.n, task.channel, call->head_dim, row, task.result, task.apart,
-                       task.begin, task.end, false);
+        if (own)
+            write_unpadded(s, &call->grad_query, task.n, task.channel, channels, row, task.result);
         key_value_gradients(&task);
     }
     flush_gradients(&task, &flushed, task.next_row);

@@ -29,25 +29,36 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
             store(out + p * columns + v * LANES, total[p * vectors + v]);
 }
 
+INLINE void prefetch_positions(const float *x, int64_t stride, int64_t positions, int64_t channels) {
+    for (int64_t p = 0; p < positions; p++)
+        for (int64_t c = 0; c < channels; c += 64 / sizeof(float))
+            prefetch_line((const char *)(x + p * stride + c), false);
+}
+
 /* A panel's columns of a row of positions. */
 INLINE void project_panel(const int vectors, const float *x, int64_t stride, int64_t width,
                           const float *weights, int64_t channels, const float *start, float *out,
                           int64_t columns, const float *next) {
-    int64_t p = 0;
-    for (; p + POSITIONS <= width; p += POSITIONS) {
-        if (next)
-            for (int64_t i = 0; i < POSITIONS; i++)
-                for (int64_t c = 0; c < channels; c += 64 / sizeof(float))
-                    prefetch_line((const char *)(next + (p + i) * stride + c), false);
-        project_tile(vectors, POSITIONS, x + p * stride, stride, weights, channels, start,
-                     out + p * columns, columns);
+    for (int64_t p = 0, count; p < width; p += count) {
+        count = width - p < POSITIONS ? width - p : POSITIONS;
+        if (next) prefetch_positions(next + p * stride, stride, count, channels);
+#define TILE(positions)                                                                            \
+    project_tile(vectors, positions, x + p * stride, stride, weights, channels, start,             \
+                 out + p * columns, columns)
+        switch (count) {
+        case 1: TILE(1); break;
+        case 2: TILE(2); break;
+        case 3: TILE(3); break;
+#if POSITIONS == 8
+        case 4: TILE(4); break;
+        case 5: TILE(5); break;
+        case 6: TILE(6); break;
+        case 7: TILE(7); break;
+#endif
+        default: TILE(POSITIONS); break;
+        }
+#undef TILE
     }
-    for (; p + POSITIONS / 2 <= width; p += POSITIONS / 2)
-        project_tile(vectors, POSITIONS / 2, x + p * stride, stride, weights, channels, start,
-                     out + p * columns, columns);
-    for (; p < width; p++)
-        project_tile(vectors, 1, x + p * stride, stride, weights, channels, start,
-                     out + p * columns, columns);
 }
 
 INLINE int64_t panel_at(int64_t column, int64_t columns) {
