@@ -4,59 +4,63 @@
 /* Weights and gradients of the logits of a vector of queries, kept for the keys and values. */
 static void logit_gradients(Task *task, int64_t vector) {
     const int64_t at = vector * LANES, cols = task->cols, kept = task->kept.floats;
-    const V logsumexp = load(task->logsumexp + at);
+    const int64_t begin = task->first * cols, end = (task->last + 1) * cols;
     V mean = {0};
     compute_logits(task, vector);
-    for (int64_t a = task->first; a <= task->last; a++) {
-        V *weights = task->logits + a * cols, *grads = task->grads + a * cols;
+    exponentials(task->logits + begin, end - begin, load(task->logsumexp + at));
+    for (int64_t a = task->first; a <= task->last; a++)
         dots(task->grad_output + at, task->plain.floats, task->values[a] + at,
-             task->shifted.floats, cols, task->call->head_dim, grads);
-        for (int64_t o = 0; o < cols; o++) {
-            weights[o] = exponential(weights[o] - logsumexp);
-            store(task->weights + (a * cols + o) * kept + task->kept.pad + at, weights[o]);
-            mean += weights[o] * grads[o];
-        }
+             task->shifted.floats, cols, task->call->head_dim, task->grads + a * cols);
+    for (int64_t i = begin; i < end; i++) {
+        store(task->weights + i * kept + task->kept.pad + at, task->logits[i]);
+        mean += task->logits[i] * task->grads[i];
     }
-    for (int64_t i = task->first * cols; i < (task->last + 1) * cols; i++) {
+    for (int64_t i = begin; i < end; i++) {
         task->grads[i] = task->logits[i] * (task->grads[i] - mean);
         store(task->grad_logits + i * kept + task->kept.pad + at, task->grads[i]);
     }
 }
 
-/* Adds logit * embedding to the gradient of some channels of the query, and logit * query to that of
-   the embedding. */
-INLINE void embedding_gradients(V logit, const float *query, const float *embedding, float *result,
-                                int64_t stride, int64_t channels, V *grad_embedding) {
+/* What some channels of a vector of queries give by their dot products with embeddings: adds to the
+   gradients of the queries, `result`, and of the embeddings, [channels][size]. */
+static void embedding_gradients(const V *logits, int64_t first, int64_t last, const float *query,
+                                const float *embeddings, float *result, int64_t stride,
+                                int64_t channels, int64_t size, V *grad_embeddings) {
     for (int64_t c = 0; c < channels; c++) {
-        store(result + c * stride, load(result + c * stride) + logit * embedding[c]);
-        grad_embedding[c] += logit * load(query + c * stride);
+        const V factor = load(query + c * stride);
+        V total = load(result + c * stride);
+        for (int64_t offset = first; offset <= last; offset++) {
+            total += logits[offset] * embeddings[offset * channels + c];
+            grad_embeddings[c * size + offset] += logits[offset] * factor;
+        }
+        store(result + c * stride, total);
     }
 }
 
 /* A vector of the gradient of the query, and what it adds to that of the embeddings. */
 static void query_gradient(Task *task, int64_t vector) {
     const AttentionCall *call = task->call;
-    const Layout *s = &task->plain;
     const int64_t at = vector * LANES, cols = task->cols, half = call->head_dim / 2;
-    const float *query = task->query + at;
-    float *result = task->result + at;
+    const int64_t stride = task->plain.floats, size = task->size;
+    const int64_t embeddings = task->head * size * half, first_col = task->radius - task->col_radius;
+    V *const rows = task->row_logits, *const columns = task->col_logits + first_col;
     weighted_sum(task, task->grads, task->keys, vector);
     if (!call->rel_rows) return;
+    for (int64_t o = 0; o < cols; o++) columns[o] = (V){0};
     for (int64_t a = task->first; a <= task->last; a++) {
-        V logit = {0};
-        for (int64_t o = 0; o < cols; o++) logit += task->grads[a * cols + o];
-        embedding_gradients(logit, query, call->rel_rows + (task->head * task->size + a) * half,
-                            result, s->floats, half, task->grad_rel_rows + a * half);
+        rows[a] = (V){0};
+        for (int64_t o = 0; o < cols; o++) {
+            rows[a] += task->grads[a * cols + o];
+            columns[o] += task->grads[a * cols + o];
+        }
     }
-    for (int64_t o = 0; o < cols; o++) {
-        const int64_t offset = task->radius - task->col_radius + o;
-        V logit = {0};
-        for (int64_t a = task->first; a <= task->last; a++) logit += task->grads[a * cols + o];
-        embedding_gradients(logit, query + half * s->floats,
-                            call->rel_cols + (task->head * task->size + offset) * half,
-                            result + half * s->floats, s->floats, half,
-                            task->grad_rel_cols + offset * half);
-    }
+    embedding_gradients(rows, task->first, task->last, task->query + at,
+                        call->rel_rows + embeddings, task->result + at, stride, half, size,
+                        task->grad_rel_rows);
+    embedding_gradients(task->col_logits, first_col, first_col + cols - 1,
+                        task->query + half * stride + at, call->rel_cols + embeddings,
+                        task->result + half * stride + at, stride, half, size,
+                        task->grad_rel_cols);
 }
 
 /* Adds to a row of the gradients of keys or values what a row of queries, seen from row offset `a`,
@@ -99,14 +103,15 @@ static void flush_gradients(const Task *task, int64_t *flushed, int64_t until) {
 
 static void write_embedding_gradients(const Task *task, int64_t index) {
     const AttentionCall *call = task->call;
-    const int64_t count = task->size * (call->head_dim / 2);
+    const int64_t half = call->head_dim / 2, count = task->size * half;
     const int64_t part = (task->n * call->bands + index % call->bands) * 2 * call->heads;
     float *rows = call->grad_embeddings + (part + task->head) * count;
     float *cols = rows + call->heads * count;
-    for (int64_t i = 0; i < count; i++) {
-        rows[i] = sum_of_lanes(task->grad_rel_rows[i]);
-        cols[i] = sum_of_lanes(task->grad_rel_cols[i]);
-    }
+    for (int64_t a = 0; a < task->size; a++)
+        for (int64_t c = 0; c < half; c++) {
+            rows[a * half + c] = sum_of_lanes(task->grad_rel_rows[c * task->size + a]);
+            cols[a * half + c] = sum_of_lanes(task->grad_rel_cols[c * task->size + a]);
+        }
 }
 
 static void backward_task(const void *arguments, int64_t index, char *scratch) {
