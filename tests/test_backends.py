@@ -1,6 +1,7 @@
 """Every backend computes the same; one is chosen automatically or by name, and says why not."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import sasa_det.ops
 from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
 from sasa_det.ops.native import library
 
-# Beside those of the operator's tests: maps whose rows share a vector two, four and eight at a
-# time, whole and with a rest, and heads of 8, 12 and 32 channels.
+# Beside those of the operator's tests: maps of one vector a row to four, whole and with a rest, and
+# heads of 8, 12 and 32 channels.
 LARGER = [
     (1, 64, 40, 40, 8, 7),
     (2, 64, 20, 20, 2, 7),
@@ -141,7 +142,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
 @pytest.mark.parametrize("bands", [1, 2])
 @pytest.mark.parametrize(
     "shape",
-    # As SHAPES: several vectors, several panels and pieces of channels, packed rows.
+    # As SHAPES: several vectors, several panels and pieces of channels, maps smaller than a window.
     [(2, 24, 9, 37, 4, 5), (1, 320, 11, 18, 4, 3), (1, 16, 13, 5, 2, 7), (2, 8, 3, 2, 1, 9)],
     ids=str,
 )
@@ -153,15 +154,16 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
     x = torch.randn(n, in_channels, height, width, generator=g)
     x = x.contiguous(memory_format=layout)
     weight = torch.randn(3 * channels, in_channels, 1, 1, generator=g) * in_channels**-0.5
-    weight[:channels] *= (channels // heads) ** -0.5  # logits of unit variance
     bias = torch.randn(3 * channels, generator=g)
+    for queries in (weight[:channels], bias[:channels]):
+        queries *= (channels // heads) ** -0.5  # logits of about unit variance
     rows, cols = torch.randn(2, heads, size, channels // heads // 2, generator=g)
-    tensors = [t.requires_grad_() for t in (x, weight, bias, rows, cols)]
-    grad = torch.randn(n, channels, height, width, generator=g)
+    grad, residual = torch.randn(2, n, channels, height, width, generator=g)
+    tensors = [t.requires_grad_() for t in (x, weight, bias, rows, cols, residual)]
 
     def run(tensors):
-        x, weight, bias, rows, cols = tensors
-        options = {"bias": bias, "num_heads": heads, "kernel_size": size}
+        x, weight, bias, rows, cols, residual = tensors
+        options = {"bias": bias, "residual": residual, "num_heads": heads, "kernel_size": size}
         output = projected_attention(x, weight, rows, cols, **options)
         return output, *torch.autograd.grad(output, tensors, grad.to(x.dtype))
 
@@ -179,6 +181,33 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(run(tensors), actual))
     with torch.no_grad():
         torch.library.opcheck(operator.default, (*tensors, heads, size))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_residual_is_added_to_the_bit(layout, backend):
+    (x, *_, rows, cols), options = make_inputs((2, 8, 9, 14, 4, 5), torch.float32)
+    weight = torch.randn(24, 8, 1, 1) * 8**-0.5
+    output = projected_attention(x, weight, rows, cols, **options)
+    for residual in (x, torch.randn(x.shape).contiguous(memory_format=layout)):
+        total = projected_attention(x, weight, rows, cols, residual=residual, **options)
+        assert torch.equal(total, output + residual)
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or available_backends()["native"] is not None,
+    reason="other processors are as fast with denormal numbers",
+)
+def test_denormal_numbers_are_zeros_inside_the_kernels_and_numbers_outside():
+    heads, kernel_size = 1, 3
+    query, key, value = torch.randn(3, 1, 4, 6, 6)
+    query[:], key[:] = 5, 5
+    key[:, :, 2, 2] = -5  # a logit of -100 beside those of 100: nobody attends to it
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    with use_backend("native"):
+        output = local_attention(*leaves, None, None, num_heads=heads, kernel_size=kernel_size)
+    for grad in torch.autograd.grad(output.square().sum(), leaves):
+        assert not ((grad != 0) & (grad.abs() < torch.finfo(torch.float32).tiny)).any()
+    assert torch.tensor(1e-30) * torch.tensor(1e-10) > 0
 
 
 @pytest.mark.parametrize(

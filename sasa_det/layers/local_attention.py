@@ -58,6 +58,10 @@ class LocalSelfAttention2d(nn.Module):
         init_projection(self.projection.weight, out_channels, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.add_to(None, x)
+
+    def add_to(self, residual: Tensor | None, x: Tensor) -> Tensor:
+        """residual + self(x), the residual (N, out_channels, H, W), without a pass of its own."""
         x = self._with_position(x)
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
@@ -65,10 +69,17 @@ class LocalSelfAttention2d(nn.Module):
         if type(projection) is nn.Conv2d and not has_hooks(projection):
             weight, bias = projection.weight, projection.bias
             return projected_attention(
-                x, weight, *embeddings, bias=bias, num_heads=heads, kernel_size=size
+                x,
+                weight,
+                *embeddings,
+                bias=bias,
+                residual=residual,
+                num_heads=heads,
+                kernel_size=size,
             )
         query, key, value = projection(x).chunk(3, dim=1)
-        return local_attention(query, key, value, *embeddings, num_heads=heads, kernel_size=size)
+        output = local_attention(query, key, value, *embeddings, num_heads=heads, kernel_size=size)
+        return output if residual is None else output + residual
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""
@@ -120,10 +131,10 @@ class PreActivationSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
-            return x + self.attention(F.relu(normed))
+            return add_attention(x, self.attention, F.relu(normed))
         # A group norm costs less to compute again than its output takes memory until the backward.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return x + self.attention(F.relu_(normed))
+            return add_attention(x, self.attention, F.relu_(normed))
         kept = x.detach()  # which the norm keeps anyway
         # Not the tensor, which the closure would keep alive.
         address, shape = normed.data_ptr(), normed.shape
@@ -144,7 +155,14 @@ class PreActivationSelfAttention2d(nn.Module):
             return again[0]
 
         with saved_tensors_hooks(pack, unpack):
-            return x + self.attention(F.relu_(normed))
+            return add_attention(x, self.attention, F.relu_(normed))
+
+
+def add_attention(residual: Tensor, attention: nn.Module, x: Tensor) -> Tensor:
+    """residual + attention(x), whatever stands in the attention's place."""
+    if type(attention) is LocalSelfAttention2d and not has_hooks(attention):
+        return attention.add_to(residual, x)
+    return residual + attention(x)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
-from sasa_det.layers.local_attention import has_hooks
+from sasa_det.layers.local_attention import add_attention, has_hooks
 
 from .norm import batch_norm_of_maximum, channel_sign, is_batch_norm
 
@@ -118,11 +118,12 @@ class AttentionBottleneckBlock(CNNBlockBase):
 
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
-        out = self.attention(x)
         if self.residual_scale is not None:
-            out = torch.addcmul(out, x, self.residual_scale)
+            out = torch.addcmul(self.attention(x), x, self.residual_scale)
         elif self.residual:
-            out = out + x
+            out = add_attention(x, self.attention, x)
+        else:
+            out = self.attention(x)
         if self.stride > 1:
             # ceil_mode: the size that the shortcut's strided convolution has.
             out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)

@@ -26,6 +26,7 @@ class ProjectedCall(NamedTuple):
     bias: Tensor | None
     rel_rows: Tensor | None
     rel_cols: Tensor | None
+    residual: Tensor | None
     num_heads: int
     kernel_size: int
 

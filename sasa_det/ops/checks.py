@@ -21,7 +21,12 @@ def check_projected_attention(call: ProjectedCall) -> None:
     """What :func:`check_attention` would say of the queries, keys and values."""
     check_map("x", call.x)
     queries = call.x[:, :1].expand(-1, call.weight.shape[0] // 3, -1, -1)
-    check_attention(AttentionCall(queries, queries, queries, *call[3:]))
+    embeddings = (call.rel_rows, call.rel_cols)
+    check_attention(
+        AttentionCall(queries, queries, queries, *embeddings, call.num_heads, call.kernel_size)
+    )
+    if call.residual is not None:
+        check_tensor("residual", call.residual, queries.shape, like=call.x)
 
 
 def check_heads(channels: int, num_heads: int) -> int:

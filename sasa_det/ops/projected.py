@@ -31,6 +31,7 @@ def projected_attention(
     num_heads: int,
     kernel_size: int,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`local_attention` of queries, keys and values projected from ``x``.
 
@@ -44,11 +45,25 @@ def projected_attention(
         weight (Tensor[3 * C, C_in, 1, 1]): the rows of queries, keys and values, one after another.
         rel_rows, rel_cols, num_heads, kernel_size: as in :func:`local_attention`.
         bias (Tensor[3 * C] or None): of the projections; the paper has none.
+        residual (Tensor[N, C, H, W] or None): added to the output. The native kernels add it where
+            they write, which spares a pass over both.
 
     Returns:
         Tensor[N, C, H, W].
     """
     tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
+    # Not cast, as a sum under autocast has the wider of two dtypes.
+    arguments: tuple[Any, ...] = (*tensors, residual, num_heads, kernel_size)
+    # A compiler makes its own of a convolution.
+    in_one = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    if in_one and find("projected_attention", ProjectedCall(*arguments)) is not None:
+        return _FusedAttention.apply(*arguments)
+    output = _in_two_steps(tensors, num_heads, kernel_size)
+    return output if residual is None else output + residual
+
+
+def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) -> Tensor:
+    """A convolution, and ``local_attention``."""
     # A trace or an exported program is to show the two operators, not what is made of them here.
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         x, weight, bias, rel_rows, rel_cols = tensors
@@ -56,12 +71,7 @@ def projected_attention(
         return local_attention(
             query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
         )
-    # A compiler makes its own of a convolution.
-    if not torch.compiler.is_compiling():
-        arguments: tuple[Any, ...] = (*tensors, num_heads, kernel_size)
-        if find("projected_attention", ProjectedCall(*arguments)) is not None:
-            return _FusedAttention.apply(*arguments)
-    groups = _groups(x, weight, num_heads)
+    groups = _groups(tensors[0], tensors[1], num_heads)
     if groups == 1:
         return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
     outputs = [
@@ -126,20 +136,21 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         output, logsumexp = projected_attention_op(*arguments)
-        *tensors, ctx.num_heads, ctx.kernel_size = arguments
+        *tensors, _residual, ctx.num_heads, ctx.kernel_size = arguments
         ctx.save_for_backward(logsumexp, *tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         logsumexp, *tensors = ctx.saved_tensors
-        arguments: tuple[Any, ...] = (*tensors, ctx.num_heads, ctx.kernel_size)
+        arguments: tuple[Any, ...] = (*tensors, None, ctx.num_heads, ctx.kernel_size)
         if find("projected_attention", ProjectedCall(*arguments)) is not None:
             grad_maps, *grads = projected_attention_backward_op(grad_output, logsumexp, *arguments)
         else:  # the backend or the number of threads was changed since the forward
             grad_maps, *grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)
         projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
-        return *projection_grads, *(grads or (None, None)), None, None
+        grad_residual = grad_output if ctx.needs_input_grad[5] else None
+        return *projection_grads, *(grads or (None, None)), grad_residual, None, None
 
 
 def _unfused_backward(

@@ -48,6 +48,7 @@ class AttentionArguments(ctypes.Structure):
         ("in_channels", ctypes.c_int64),
         ("input", Map),
         *((name, _FLOATS) for name in ("projection", "bias")),
+        ("residual", Map),
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
     )

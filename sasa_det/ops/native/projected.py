@@ -11,13 +11,15 @@ from .attention import attention_arguments, empty_logsumexp, number_of_bands, ru
 def refuses(call: ProjectedCall) -> str | None:
     """What is refused goes to a convolution and ``local_attention``, wrong arguments as well."""
     x, weight, bias = call[:3]
-    for tensor in call[:5]:
+    for tensor in call[:6]:
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
             return "it projects in float32, on one device"
     fits = x.dim() == weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
     fits = fits and weight.shape[0] % 3 == 0 and (bias is None or bias.shape == weight.shape[:1])
+    if call.residual is not None:
+        fits = fits and call.residual.shape == _output_shape(call)
     if not fits or call.num_heads < 1 or call.kernel_size < 1:
-        return "the shapes of x, weight and bias do not fit together, or not with heads and window"
+        return "the shapes of the tensors do not fit together, or not with heads and window"
     if number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size) > 1:
         return "with fewer heads and images than threads it projects some rows twice"
     return library.refuses(x)
@@ -28,6 +30,8 @@ def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
     logsumexp = empty_logsumexp(output, call.num_heads)
     arguments, _kept = _arguments(call, logsumexp)
     arguments.output = library.Map.of(output)
+    if call.residual is not None:
+        arguments.residual = library.Map.of(call.residual)
     library.run("sasa_det_attention_forward", arguments)
     return output, logsumexp
 
@@ -37,18 +41,21 @@ def backward(call: ProjectedCall, grad_output: Tensor, logsumexp: Tensor) -> lis
     return run_backward(arguments, call, grad_output, empty_map(call.x, call.weight.shape[0]))
 
 
+def _output_shape(call: ProjectedCall) -> torch.Size:
+    n, _, height, width = call.x.shape
+    return torch.Size((n, call.weight.shape[0] // 3, height, width))
+
+
 def _arguments(
     call: ProjectedCall, logsumexp: Tensor
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
     """What the library is called with, and what it points to."""
-    n, in_channels, height, width = call.x.shape
-    shape = torch.Size((n, call.weight.shape[0] // 3, height, width))
-    arguments, kept = attention_arguments(call, shape, logsumexp)
+    arguments, kept = attention_arguments(call, _output_shape(call), logsumexp)
     # It reads the channels of a position one after another.
     x = call.x if call.x.stride(1) == 1 else call.x.contiguous(memory_format=torch.channels_last)
     weight = call.weight.flatten(1).contiguous()
     bias = None if call.bias is None else call.bias.contiguous()
-    arguments.in_channels = in_channels
+    arguments.in_channels = x.shape[1]
     arguments.input = library.Map.of(x)
     arguments.projection = weight.data_ptr()
     arguments.bias = None if bias is None else bias.data_ptr()

@@ -34,6 +34,7 @@ typedef struct {
     float *key_ring, *value_ring, *grad_key_ring, *grad_value_ring;
     float *query, *grad_output, *result; /* plain rows of all channels */
     float *shifted_query, *shifted_grad_output;
+    float *residual;                  /* a plain row, where there is one */
     float *logsumexp;                 /* a plain row of one channel */
     V *logits, *grads;                /* [size * cols], of one vector of queries */
     V *row_logits, *col_logits;       /* [size] */
@@ -61,6 +62,7 @@ static char *lay_out(Task *task, char *scratch, bool backward) {
     task->value_ring = take(&scratch, ring, sizeof(float));
     task->query = take(&scratch, plain, sizeof(float));
     task->result = take(&scratch, plain, sizeof(float));
+    if (task->call->residual.data) task->residual = take(&scratch, plain, sizeof(float));
     task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
@@ -288,7 +290,9 @@ static void attend(Task *task, int64_t vector) {
     V scale = 1.0f / total;
     for (int64_t c = 0; c < task->call->head_dim; c++) {
         float *result = task->result + c * stride + at;
-        store(result, load(result) * scale);
+        V sum = load(result) * scale;
+        if (task->call->residual.data) sum += load(task->residual + c * stride + at);
+        store(result, sum);
     }
 }
 
@@ -318,15 +322,21 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     start_task(&task, call, index, scratch, false);
     const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
+    const int64_t channels = call->head_dim;
     for (int64_t row = task.begin; row < task.end; row++) {
         move_window(&task, row);
         task.next_row = row + task.radius + 1;
-        read_padded(s, &task.query_map, 0, 0, call->head_dim, row, task.query);
+        read_padded(s, &task.query_map, 0, 0, channels, row, task.query);
+        if (call->residual.data)
+            read_padded(s, &call->residual, task.n, task.channel, channels, row, task.residual);
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->output);
+            if (call->residual.data)
+                prefetch_row(s, &call->residual, task.n, task.channel, channels, row + 1, vector,
+                             s->vectors, false);
             attend(&task, vector);
         }
-        write_unpadded(s, &call->output, task.n, task.channel, call->head_dim, row, task.result);
+        write_unpadded(s, &call->output, task.n, task.channel, channels, row, task.result);
         write_unpadded(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
     }
 }
