@@ -230,20 +230,23 @@ def test_permuted_heads_give_the_permuted_output(backend):
     holds()
 
 
-@given(calls("native"), st.integers(1, 9))
-def test_a_fused_projection_changes_nothing_but_rounding(call, in_channels):
+@given(calls("native"), st.integers(1, 9), st.sampled_from([0.0, 3.0]))
+def test_a_fused_projection_changes_nothing_but_rounding(call, in_channels, residual_scale):
     query = call.maps[0]
     x = query[:, :1].float().repeat(1, in_channels, 1, 1) + torch.arange(in_channels).view(-1, 1, 1)
     x = (x / in_channels).requires_grad_()
     weight = seeded(0, 3 * query.shape[1], in_channels, 1, 1).requires_grad_()
     embeddings = [e if e is None else e.float() for e in call.embeddings]
-    output = projected_attention(x, weight, *embeddings, **call.options)
+    residual = seeded(1, *query.shape) * residual_scale if residual_scale else None
+    output = projected_attention(x, weight, *embeddings, residual=residual, **call.options)
     exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     maps = F.conv2d(exact_x, exact_weight).chunk(3, dim=1)
     exact = windowed_reference(*maps, *embeddings, **call.options)
     fused = Call([m.float() for m in maps], embeddings, call.num_heads, call.kernel_size)
     bound = rounding(fused) * in_channels
-    assert (output.double() - exact).abs().max() <= bound * largest(maps[2])
+    added = torch.zeros(()) if residual is None else residual.double()
+    error = (output.double() - exact - added).abs().max()
+    assert error <= bound * (largest(maps[2]) + residual_scale)
     grads = torch.autograd.grad(output.sum(), [x, weight])
     exact_grads = torch.autograd.grad(exact.sum(), [exact_x, exact_weight])
     positions, head_dim = x[0, 0].numel(), query.shape[1] // call.num_heads
