@@ -231,7 +231,8 @@ def test_the_script_of_the_docs_detects_what_detectron2s_predictor_does(exported
     exec(script.replace("model.onnx", str(path)), names)
     boxes, scores, classes = names["detect"](Image.fromarray(photograph))
     np.testing.assert_array_equal(classes, expected.pred_classes.numpy())
-    np.testing.assert_allclose(scores, expected.scores.numpy(), rtol=1e-4)
+    # As a whole, as above: the layers of a random detector let the last bits of a score grow.
+    assert difference(torch.from_numpy(scores), expected.scores) < 1e-4
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=0.05)
 
 
