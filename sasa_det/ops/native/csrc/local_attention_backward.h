@@ -120,8 +120,8 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     start_task(&task, call, index, scratch, true);
     const Layout *s = &task.plain;
     const Map logsumexp = logsumexp_map(call);
-    const int64_t channels = call->head_dim, row_floats = channels * s->floats, window = task.size * task.cols;
-    const int64_t count = task.size * (call->head_dim / 2);
+    const int64_t channels = call->head_dim, row_floats = channels * s->floats;
+    const int64_t window = task.size * task.cols, count = task.size * (channels / 2);
     /* The padding stays zero. */
     memset(task.weights, 0, window * task.kept.floats * sizeof(float));
     memset(task.grad_logits, 0, window * task.kept.floats * sizeof(float));

@@ -68,11 +68,6 @@ INLINE void exponentials_of(const int count, const V *x, V highest, V *results) 
 #undef EACH
 }
 
-INLINE V exponential(V x) {
-    exponentials_of(1, &x, (V){0}, &x);
-    return x;
-}
-
 /* x = exp(x - highest) for `count` vectors; returns their sum. */
 INLINE V exponentials(V *x, int64_t count, V highest) {
     V total[4] = {{0}}, r[4];
