@@ -16,8 +16,9 @@
 
 #include "vector.h"
 #include "transpose.h"
-#include "rows.h"
 #include "sums.h"
+#include "weighted_sums.h"
+#include "rows.h"
 #include "projection.h"
 #include "local_attention.h"
 #include "local_attention_backward.h"

@@ -1,4 +1,5 @@
-/* local_attention; its backward is in a file of its own. Included once for each instruction set, by kernels.h.
+/* local_attention; its backward is in a file of its own. Included once for each instruction set, by
+   kernels.h.
 
    A task is a band of rows of a head of an image. It walks down the rows of queries; the rows of
    keys and values in their window stand in a ring of scratch memory. Nothing else of the size of a
@@ -12,35 +13,40 @@
 
 typedef struct {
     const AttentionCall *call;
-    /* Rows as they are, and rows that are seen with shifts: those start at the first column that any
-       shift reaches, so that most loads are aligned. */
+    bool backward;
+    /* Rows by channel as they are, and those that are seen with shifts: they start at the first column
+       that any shift reaches, so that most loads are aligned. */
     Layout plain, shifted;
     Layout kept;                      /* of weights and grad_logits: padded by whole vectors */
+    Positions around;                 /* of rows by position */
     int64_t n, head, channel;         /* image, head and its first channel */
     int64_t begin, end;               /* rows of the band */
     int64_t size, radius;             /* of the window */
     int64_t col_radius, cols;         /* of the columns that any position can see */
     int64_t first, last;              /* row offsets that any query of the current row can see */
     Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
-    float *projected;                 /* ring of rows of [width][columns] */
-    float *query_ring;                /* [radius + 1] plain rows */
+    float *projected;                 /* a row of [width][columns] */
+    float *query_ring;                /* [radius + 1][width][head_dim] */
     float *projection;                /* [in_channels][columns], in panels */
     float *bias;                      /* [columns] */
     int64_t columns;                  /* 3 * head_dim, and some for whole vectors */
     int64_t next_projected;           /* row */
-    float **keys, **values;           /* [size] rows of the current window */
-    float **grad_keys, **grad_values; /* [size] */
     int64_t next_row;                 /* of keys, the first that is not in the ring yet */
-    float *key_ring, *value_ring, *grad_key_ring, *grad_value_ring;
-    float *query, *grad_output, *result; /* plain rows of all channels */
-    float *shifted_query, *shifted_grad_output;
-    float *residual;                  /* a plain row, where there is one */
+    /* [size] rows of the current window, and the rings that they stand in: keys by channel; by position
+       what is summed up, the values, or in the backward keys; values by channel in the backward. */
+    const float **keys, **summed, **values;
+    float *key_ring, *summed_ring, *value_ring;
+    float *query, *grad_output;       /* plain rows of all channels */
+    float *position_query, *position_grad_output, *result; /* rows by position */
+    float **grad_keys, **grad_values; /* [size] rows of the current window, by position */
+    float *grad_key_ring, *grad_value_ring;
     float *logsumexp;                 /* a plain row of one channel */
     V *logits, *grads;                /* [size * cols], of one vector of queries */
     V *row_logits, *col_logits;       /* [size] */
     V *col_mask;                      /* [vectors * cols]: 0, or OUTSIDE */
     float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
-    V *grad_rel_rows, *grad_rel_cols; /* [size * head_dim / 2] */
+    /* [size][depth], where the channels of the row or of the column embeddings are: the others are 0. */
+    float *rel_rows, *rel_cols, *grad_rel_rows, *grad_rel_cols;
 } Task;
 
 /* Hands out scratch memory; counts it where there is none yet. */
@@ -50,49 +56,59 @@ static void *take(char **scratch, int64_t count, size_t size) {
     return start;
 }
 
-/* Lays out `task` at `scratch` and returns the end of it. */
-static char *lay_out(Task *task, char *scratch, bool backward) {
-    const int64_t channels = task->call->head_dim, window = task->size * task->cols;
-    const int64_t plain = channels * task->plain.floats;
+/* Lays out `task` at `scratch` and returns the end of it. What has to be zero at first comes first;
+   `zeros` is where that ends. */
+static char *lay_out(Task *task, char *scratch, char **zeros) {
+    const AttentionCall *call = task->call;
+    const int64_t channels = call->head_dim, window = task->size * task->cols;
+    const int64_t plain = channels * task->plain.floats, by_position = task->around.floats;
     /* Loads of what is shifted reach a vector too far. */
-    const int64_t shifted = channels * task->shifted.floats, ring = task->size * shifted + LANES;
-    task->keys = take(&scratch, task->size, sizeof(float *));
-    task->values = take(&scratch, task->size, sizeof(float *));
+    const int64_t ring = task->size * channels * task->shifted.floats + LANES;
+    const int64_t embeddings = task->size * task->around.depth;
     task->key_ring = take(&scratch, ring, sizeof(float));
-    task->value_ring = take(&scratch, ring, sizeof(float));
+    task->summed_ring = take(&scratch, task->size * by_position, sizeof(float));
     task->query = take(&scratch, plain, sizeof(float));
-    task->result = take(&scratch, plain, sizeof(float));
-    if (task->call->residual.data) task->residual = take(&scratch, plain, sizeof(float));
+    if (task->backward) {
+        task->value_ring = take(&scratch, ring, sizeof(float));
+        task->grad_output = take(&scratch, plain, sizeof(float));
+        task->position_query = take(&scratch, by_position, sizeof(float));
+        task->position_grad_output = take(&scratch, by_position, sizeof(float));
+        task->weights = take(&scratch, window * task->kept.floats, sizeof(float));
+        task->grad_logits = take(&scratch, window * task->kept.floats, sizeof(float));
+        task->rel_rows = take(&scratch, embeddings, sizeof(float));
+        task->rel_cols = take(&scratch, embeddings, sizeof(float));
+        task->grad_rel_rows = take(&scratch, embeddings, sizeof(float));
+        task->grad_rel_cols = take(&scratch, embeddings, sizeof(float));
+    }
+    *zeros = scratch;
+    task->keys = take(&scratch, task->size, sizeof(float *));
+    task->summed = take(&scratch, task->size, sizeof(float *));
+    task->result = take(&scratch, by_position, sizeof(float));
     task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
     task->col_logits = take(&scratch, task->size, sizeof(V));
     task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
-    if (task->call->in_channels) {
-        task->projected = take(&scratch, task->plain.width * task->columns, sizeof(float));
-        task->projection =
-            take(&scratch, task->call->in_channels * task->columns, sizeof(float));
+    if (call->in_channels) {
+        task->projected = take(&scratch, call->width * task->columns, sizeof(float));
+        task->projection = take(&scratch, call->in_channels * task->columns, sizeof(float));
         task->bias = take(&scratch, task->columns, sizeof(float));
-        task->query_ring = take(&scratch, (task->radius + 1) * plain, sizeof(float));
+        task->query_ring =
+            take(&scratch, (task->radius + 1) * call->width * channels, sizeof(float));
     }
-    if (!backward) return scratch;
+    if (!task->backward) return scratch;
+    task->values = take(&scratch, task->size, sizeof(float *));
     task->grad_keys = take(&scratch, task->size, sizeof(float *));
     task->grad_values = take(&scratch, task->size, sizeof(float *));
-    task->grad_key_ring = take(&scratch, task->size * plain, sizeof(float));
-    task->grad_value_ring = take(&scratch, task->size * plain, sizeof(float));
-    task->grad_output = take(&scratch, plain, sizeof(float));
-    task->shifted_query = take(&scratch, shifted + LANES, sizeof(float));
-    task->shifted_grad_output = take(&scratch, shifted + LANES, sizeof(float));
+    task->grad_key_ring = take(&scratch, task->size * by_position, sizeof(float));
+    task->grad_value_ring = take(&scratch, task->size * by_position, sizeof(float));
     task->grads = take(&scratch, window, sizeof(V));
-    task->weights = take(&scratch, window * task->kept.floats, sizeof(float));
-    task->grad_logits = take(&scratch, window * task->kept.floats, sizeof(float));
-    task->grad_rel_rows = take(&scratch, task->size * channels / 2, sizeof(V));
-    task->grad_rel_cols = take(&scratch, task->size * channels / 2, sizeof(V));
     return scratch;
 }
 
-static void shape_task(Task *task, const AttentionCall *call) {
+static void shape_task(Task *task, const AttentionCall *call, bool backward) {
     task->call = call;
+    task->backward = backward;
     task->size = call->kernel_size;
     task->radius = call->kernel_size / 2;
     task->col_radius = task->radius < call->width ? task->radius : call->width - 1;
@@ -100,20 +116,29 @@ static void shape_task(Task *task, const AttentionCall *call) {
     task->plain = make_layout(call->height, call->width);
     task->shifted = padded(task->plain, task->col_radius);
     task->kept = padded(task->plain, ceil_div(task->col_radius, LANES) * LANES);
+    task->around = by_position(&task->plain, task->col_radius, call->head_dim);
     task->columns = ceil_div(3 * call->head_dim, LANES) * LANES;
 }
 
 static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
     Task task;
-    shape_task(&task, call);
-    char *const nowhere = (char *)64;
-    return lay_out(&task, nowhere, backward) - nowhere;
+    shape_task(&task, call, backward);
+    char *const nowhere = (char *)64, *zeros;
+    return lay_out(&task, nowhere, &zeros) - nowhere;
 }
 
-/* Where a row stands in a ring of rows of this layout. */
-INLINE int64_t slot_of(const Task *task, const Layout *layout, int64_t row) {
+/* Which of the rows of a ring this row of the map is. */
+INLINE int64_t slot_of(const Task *task, int64_t row) {
     int64_t slot = row % task->size;
-    return (slot < 0 ? slot + task->size : slot) * task->call->head_dim * layout->floats;
+    return slot < 0 ? slot + task->size : slot;
+}
+
+INLINE int64_t channel_slot(const Task *task, int64_t row) {
+    return slot_of(task, row) * task->call->head_dim * task->shifted.floats;
+}
+
+INLINE int64_t position_slot(const Task *task, int64_t row) {
+    return slot_of(task, row) * task->around.floats;
 }
 
 /* The same map from an image and a channel on. */
@@ -139,9 +164,9 @@ static void start_projection(Task *task) {
             memcpy(task->bias + part * channels, call->bias + row, channels * sizeof(float));
     }
     task->query_map = (Map){.data = task->query_ring,
-                            .stride_c = task->plain.floats,
-                            .stride_h = channels * task->plain.floats,
-                            .stride_w = 1,
+                            .stride_c = 1,
+                            .stride_h = call->width * channels,
+                            .stride_w = channels,
                             .dtype = FLOAT32,
                             .ring = task->radius + 1};
     task->key_map = (Map){.data = task->projected + channels,
@@ -153,13 +178,25 @@ static void start_projection(Task *task) {
     task->next_projected = 0;
 }
 
+/* Puts a row of keys and values, at the maps' row `from`, where they are used. */
+static void read_keys_values(Task *task, int64_t row, int64_t from) {
+    const int64_t channels = task->call->head_dim;
+    const int64_t by_channel = channel_slot(task, row), by_position = position_slot(task, row);
+    const Map *const summed = task->backward ? &task->key_map : &task->value_map;
+    read_by_channel(&task->shifted, &task->key_map, 0, 0, channels, from, task->key_ring + by_channel);
+    read_by_position(&task->around, summed, 0, 0, channels, from, task->summed_ring + by_position);
+    if (task->backward)
+        read_by_channel(&task->shifted, &task->value_map, 0, 0, channels, from,
+                        task->value_ring + by_channel);
+}
+
 /* Puts a row that was just projected where its queries, keys and values are used. */
 static void distribute_row(Task *task, int64_t row) {
-    const int64_t channels = task->call->head_dim, slot = slot_of(task, &task->shifted, row);
-    read_padded(&task->shifted, &task->key_map, 0, 0, channels, row, task->key_ring + slot);
-    read_padded(&task->shifted, &task->value_map, 0, 0, channels, row, task->value_ring + slot);
-    transpose(task->projected, task->columns, task->plain.width, channels,
-              task->query_ring + row_start(&task->query_map, 0, 0, row), task->plain.floats);
+    const int64_t channels = task->call->head_dim;
+    float *const queries = task->query_ring + row_start(&task->query_map, 0, 0, row);
+    read_keys_values(task, row, 0);
+    for (int64_t x = 0; x < task->plain.width; x++)
+        copy(queries + x * channels, task->projected + x * task->columns, channels);
 }
 
 /* Projects the rows before `until` that are not in the ring yet; those before `from` are not needed. */
@@ -181,8 +218,10 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
 
 static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,
                        bool backward) {
-    shape_task(task, call);
-    lay_out(task, scratch, backward);
+    char *zeros;
+    shape_task(task, call, backward);
+    lay_out(task, scratch, &zeros);
+    memset(scratch, 0, zeros - scratch);
     const Layout *s = &task->plain;
     task->head = index / call->bands % call->heads;
     task->n = index / call->bands / call->heads;
@@ -208,92 +247,76 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
 
 /* Makes the window of the queries of `row` the current one. */
 static void move_window(Task *task, int64_t row) {
-    const AttentionCall *call = task->call;
-    const Layout *s = &task->shifted;
-    const int64_t top = row - task->radius, channels = call->head_dim;
+    const int64_t top = row - task->radius;
     /* Rows outside the map are left out. */
     task->first = top >= 0 ? 0 : -top;
-    task->last = top + task->size <= s->height ? task->size - 1 : s->height - 1 - top;
+    task->last =
+        top + task->size <= task->plain.height ? task->size - 1 : task->plain.height - 1 - top;
     project_rows(task, top, row + task->radius + 1);
     for (int64_t a = task->first; a <= task->last; a++) {
-        int64_t slot = slot_of(task, s, top + a);
-        task->keys[a] = task->key_ring + slot;
-        task->values[a] = task->value_ring + slot;
-        if (top + a < task->next_row || call->in_channels) continue;
-        read_padded(s, &task->key_map, 0, 0, channels, top + a, task->keys[a]);
-        read_padded(s, &task->value_map, 0, 0, channels, top + a, task->values[a]);
+        if (top + a >= task->next_row && !task->call->in_channels)
+            read_keys_values(task, top + a, top + a);
+        task->keys[a] = task->key_ring + channel_slot(task, top + a);
+        task->summed[a] = task->summed_ring + position_slot(task, top + a);
+        if (task->backward) task->values[a] = task->value_ring + channel_slot(task, top + a);
     }
-}
-
-INLINE V embedding_dot(const float *x, int64_t stride, const float *embedding, int64_t channels) {
-    V total = {0};
-    for (int64_t c = 0; c < channels; c++) total += load(x + c * stride) * embedding[c];
-    return total;
+    task->next_row = row + task->radius + 1;
 }
 
 /* q . r of a vector of queries at `query`, factorised into rows and columns, and the mask. */
 static void position_logits(Task *task, const float *query, int64_t vector) {
     const AttentionCall *call = task->call;
-    const int64_t half = call->head_dim / 2, stride = task->plain.floats;
-    const int64_t first_col = task->radius - task->col_radius;
-    for (int64_t a = task->first; a <= task->last; a++) {
-        task->row_logits[a] = (V){0};
-        if (call->rel_rows)
-            task->row_logits[a] = embedding_dot(
-                query, stride, call->rel_rows + (task->head * task->size + a) * half, half);
+    const int64_t half = call->head_dim / 2, stride = task->plain.floats, cols = task->cols;
+    const int64_t rows = task->head * task->size + task->first;
+    const int64_t columns = task->head * task->size + task->radius - task->col_radius;
+    if (call->rel_rows) {
+        embedding_dots(query, stride, call->rel_rows + rows * half, task->last + 1 - task->first,
+                       half, task->row_logits + task->first);
+        embedding_dots(query + half * stride, stride, call->rel_cols + columns * half, cols, half,
+                       task->col_logits);
+    } else {
+        memset(task->row_logits, 0, task->size * sizeof(V));
+        memset(task->col_logits, 0, cols * sizeof(V));
     }
-    for (int64_t o = 0; o < task->cols; o++) {
-        task->col_logits[o] = task->col_mask[vector * task->cols + o];
-        if (call->rel_cols)
-            task->col_logits[o] += embedding_dot(
-                query + half * stride, stride,
-                call->rel_cols + (task->head * task->size + first_col + o) * half, half);
-    }
+    for (int64_t o = 0; o < cols; o++) task->col_logits[o] += task->col_mask[vector * cols + o];
 }
 
-/* The logits of a vector of queries; those of the rows in the window only. Returns their maximum. */
-static V compute_logits(Task *task, int64_t vector) {
+/* The logits of a vector of queries; those of the rows in the window only. */
+static void compute_logits(Task *task, int64_t vector) {
     const int64_t at = vector * LANES, cols = task->cols;
     const float *query = task->query + at;
     position_logits(task, query, vector);
-    V highest = splat(-INFINITY);
     for (int64_t a = task->first; a <= task->last; a++) {
         V *logits = task->logits + a * cols;
-        dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, cols,
-             task->call->head_dim, logits);
-        for (int64_t o = 0; o < cols; o++) {
-            logits[o] += task->row_logits[a] + task->col_logits[o];
-            highest = maximum(highest, logits[o]);
-        }
+        for (int64_t o = 0; o < cols; o++) logits[o] = task->row_logits[a] + task->col_logits[o];
+        add_dots(query, task->plain.floats, task->keys[a] + at, task->shifted.floats, cols,
+                 task->call->head_dim, logits);
     }
-    return highest;
 }
 
-/* result = sum over the window of weights times the rows of keys or values. */
-static void weighted_sum(Task *task, const V *weights, float *const *rows, int64_t vector) {
-    const int64_t at = vector * LANES, channels = task->call->head_dim;
-    float *result = task->result + at;
-    for (int64_t c = 0; c < channels; c++) store(result + c * task->plain.floats, (V){0});
-    for (int64_t a = task->first; a <= task->last; a++)
-        add_weighted(weights + a * task->cols, rows[a] + at, task->shifted.floats, task->cols,
-                     channels, result, task->plain.floats);
+/* Of a vector of queries in a row by position, the first. */
+INLINE int64_t first_of(const Task *task, int64_t vector) {
+    return (task->around.pad + vector * LANES) * task->around.depth;
 }
 
-/* A vector of the output, and of the log-sum-exp. */
+/* Adds to `result` the sum over the window of weights times the rows that are summed up. */
+static void weighted_sum(Task *task, const V *weights, int64_t vector) {
+    const int64_t depth = task->around.depth, first = task->first;
+    add_weighted(weights + first * task->cols, task->cols, task->summed + first,
+                 task->last + 1 - first, vector * LANES * depth, depth,
+                 task->result + first_of(task, vector));
+}
+
+/* A vector of the log-sum-exp, and of the output, which is added to `result`. */
 static void attend(Task *task, int64_t vector) {
-    const int64_t at = vector * LANES, stride = task->plain.floats;
-    const V highest = compute_logits(task, vector);
-    const V total = exponentials(task->logits + task->first * task->cols,
-                                 (task->last + 1 - task->first) * task->cols, highest);
-    store(task->logsumexp + at, highest + logarithm(total));
-    weighted_sum(task, task->logits, task->values, vector);
-    V scale = 1.0f / total;
-    for (int64_t c = 0; c < task->call->head_dim; c++) {
-        float *result = task->result + c * stride + at;
-        V sum = load(result) * scale;
-        if (task->call->residual.data) sum += load(task->residual + c * stride + at);
-        store(result, sum);
-    }
+    const int64_t begin = task->first * task->cols, end = (task->last + 1) * task->cols;
+    compute_logits(task, vector);
+    const V highest = maximum_of(task->logits + begin, end - begin);
+    const V total = exponentials(task->logits + begin, end - begin, highest);
+    const V scale = 1.0f / total;
+    for (int64_t i = begin; i < end; i++) task->logits[i] *= scale;
+    store(task->logsumexp + vector * LANES, highest + logarithm(total));
+    weighted_sum(task, task->logits, vector);
 }
 
 INLINE Map logsumexp_map(const AttentionCall *call) {
@@ -325,10 +348,12 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
     const int64_t channels = call->head_dim;
     for (int64_t row = task.begin; row < task.end; row++) {
         move_window(&task, row);
-        task.next_row = row + task.radius + 1;
-        read_padded(s, &task.query_map, 0, 0, channels, row, task.query);
+        read_by_channel(s, &task.query_map, 0, 0, channels, row, task.query);
         if (call->residual.data)
-            read_padded(s, &call->residual, task.n, task.channel, channels, row, task.residual);
+            read_by_position(&task.around, &call->residual, task.n, task.channel, channels, row,
+                             task.result);
+        else
+            memset(task.result, 0, task.around.floats * sizeof(float));
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->output);
             if (call->residual.data)
@@ -336,7 +361,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
                              s->vectors, false);
             attend(&task, vector);
         }
-        write_unpadded(s, &call->output, task.n, task.channel, channels, row, task.result);
-        write_unpadded(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
+        write_by_position(&task.around, &call->output, task.n, task.channel, channels, row, task.result);
+        write_by_channel(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
     }
 }

@@ -8,9 +8,10 @@ static void logit_gradients(Task *task, int64_t vector) {
     V mean = {0};
     compute_logits(task, vector);
     exponentials(task->logits + begin, end - begin, load(task->logsumexp + at));
+    memset(task->grads + begin, 0, (end - begin) * sizeof(V));
     for (int64_t a = task->first; a <= task->last; a++)
-        dots(task->grad_output + at, task->plain.floats, task->values[a] + at,
-             task->shifted.floats, cols, task->call->head_dim, task->grads + a * cols);
+        add_dots(task->grad_output + at, task->plain.floats, task->values[a] + at,
+                 task->shifted.floats, cols, task->call->head_dim, task->grads + a * cols);
     for (int64_t i = begin; i < end; i++) {
         store(task->weights + i * kept + task->kept.pad + at, task->logits[i]);
         mean += task->logits[i] * task->grads[i];
@@ -21,112 +22,179 @@ static void logit_gradients(Task *task, int64_t vector) {
     }
 }
 
-/* What some channels of a vector of queries give by their dot products with embeddings: adds to the
-   gradients of the queries, `result`, and of the embeddings, [channels][size]. */
-static void embedding_gradients(const V *logits, int64_t first, int64_t last, const float *query,
-                                const float *embeddings, float *result, int64_t stride,
-                                int64_t channels, int64_t size, V *grad_embeddings) {
-    for (int64_t c = 0; c < channels; c++) {
-        const V factor = load(query + c * stride);
-        V total = load(result + c * stride);
-        for (int64_t offset = first; offset <= last; offset++) {
-            total += logits[offset] * embeddings[offset * channels + c];
-            grad_embeddings[c * size + offset] += logits[offset] * factor;
-        }
-        store(result + c * stride, total);
+/* EMBEDDING_GRADIENTS_OF defines a function for a type of vector of channels: see embedding_gradients. */
+#define EMBEDDING_GRADIENTS_OF(name, Vector)                                                       \
+    INLINE void name(const int count, const V *logits, const float *queries,                       \
+                     const float *embeddings, int64_t depth, float *result,                        \
+                     float *grad_embeddings) {                                                     \
+        Vector total[7], embedding[7];                                                             \
+        UNROLL for (int o = 0; o < count; o++) {                                                   \
+            total[o] = *(const Vector *)(grad_embeddings + o * depth);                             \
+            embedding[o] = *(const Vector *)(embeddings + o * depth);                              \
+        }                                                                                          \
+        for (int p = 0; p < LANES; p++) {                                                          \
+            const Vector query = *(const Vector *)(queries + p * depth);                           \
+            Vector sum = *(const Vector *)(result + p * depth);                                    \
+            UNROLL for (int o = 0; o < count; o++) {                                               \
+                const float factor = ((const float *)(logits + o))[p];                             \
+                total[o] += factor * query;                                                        \
+                sum += factor * embedding[o];                                                      \
+            }                                                                                      \
+            *(Vector *)(result + p * depth) = sum;                                                 \
+        }                                                                                          \
+        UNROLL for (int o = 0; o < count; o++) *(Vector *)(grad_embeddings + o * depth) = total[o]; \
     }
+EMBEDDING_GRADIENTS_OF(embedding_gradients_of, UnalignedV)
+#if LANES == 16
+EMBEDDING_GRADIENTS_OF(embedding_gradients_of_half, HalfV)
+#endif
+
+/* What a vector of queries gives by the dot products of its channels from `begin` to `end` with embeddings:
+   adds to the gradients of the queries, `result`, and of the embeddings. */
+static void embedding_gradients(const V *logits, int64_t offsets, int64_t begin, int64_t end,
+                                const float *queries, const float *embeddings, int64_t depth,
+                                float *result, float *grad_embeddings) {
+    for (int64_t c = begin / LANES * LANES; c < end; c += LANES)
+        for (int64_t o = 0, count; o < offsets; o += count) {
+            count = chunk_of(offsets - o, 7);
+#define GRADIENTS(of, n)                                                                           \
+    of(n, logits + o, queries + c, embeddings + o * depth + c, depth, result + c,                  \
+       grad_embeddings + o * depth + c)
+            if (depth >= LANES) {
+#define BODY(n) GRADIENTS(embedding_gradients_of, n)
+                UP_TO_7(count, __builtin_unreachable())
+#undef BODY
+            }
+#if LANES == 16
+            else {
+#define BODY(n) GRADIENTS(embedding_gradients_of_half, n)
+                UP_TO_7(count, __builtin_unreachable())
+#undef BODY
+            }
+#endif
+#undef GRADIENTS
+        }
 }
 
 /* A vector of the gradient of the query, and what it adds to that of the embeddings. */
 static void query_gradient(Task *task, int64_t vector) {
-    const AttentionCall *call = task->call;
-    const int64_t at = vector * LANES, cols = task->cols, half = call->head_dim / 2;
-    const int64_t stride = task->plain.floats, size = task->size;
-    const int64_t embeddings = task->head * size * half, first_col = task->radius - task->col_radius;
-    V *const rows = task->row_logits, *const columns = task->col_logits + first_col;
-    weighted_sum(task, task->grads, task->keys, vector);
-    if (!call->rel_rows) return;
+    const int64_t cols = task->cols, channels = task->call->head_dim, first = task->first;
+    const int64_t depth = task->around.depth, at = first_of(task, vector);
+    const int64_t row = first * depth, column = (task->radius - task->col_radius) * depth;
+    V *const rows = task->row_logits, *const columns = task->col_logits;
+    weighted_sum(task, task->grads, vector);
+    if (!task->call->rel_rows) return;
     for (int64_t o = 0; o < cols; o++) columns[o] = (V){0};
-    for (int64_t a = task->first; a <= task->last; a++) {
+    for (int64_t a = first; a <= task->last; a++) {
         rows[a] = (V){0};
         for (int64_t o = 0; o < cols; o++) {
             rows[a] += task->grads[a * cols + o];
             columns[o] += task->grads[a * cols + o];
         }
     }
-    embedding_gradients(rows, task->first, task->last, task->query + at,
-                        call->rel_rows + embeddings, task->result + at, stride, half, size,
-                        task->grad_rel_rows);
-    embedding_gradients(task->col_logits, first_col, first_col + cols - 1,
-                        task->query + half * stride + at, call->rel_cols + embeddings,
-                        task->result + half * stride + at, stride, half, size,
-                        task->grad_rel_cols);
+    embedding_gradients(rows + first, task->last + 1 - first, 0, channels / 2, task->position_query + at,
+                        task->rel_rows + row, depth, task->result + at, task->grad_rel_rows + row);
+    embedding_gradients(columns, cols, channels / 2, channels, task->position_query + at,
+                        task->rel_cols + column, depth, task->result + at,
+                        task->grad_rel_cols + column);
 }
 
 /* Adds to a row of the gradients of keys or values what a row of queries, seen from row offset `a`,
-   gives: the sum over columns of `kept` weights times `rows`. */
-static void add_to_row(Task *task, const float *kept, const float *rows, int64_t a, float *sums) {
-    const int64_t cols = task->cols;
+   gives: the sum over columns of `kept` weights times `row`. */
+static void add_to_row(Task *task, const float *kept, const float *row, int64_t a, float *sums) {
+    const int64_t cols = task->cols, depth = task->around.depth;
+    V *const weights = task->grads; /* done with by now */
     for (int64_t vector = 0; vector < task->plain.vectors; vector++) {
-        int64_t at = vector * LANES;
-        V *weights = task->grads; /* done with by now */
+        const int64_t at = task->kept.pad + vector * LANES - task->col_radius;
         /* The query that sees a key o columns to its right stands o columns to the key's left. */
         for (int64_t o = 0; o < cols; o++)
-            weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats +
-                              task->kept.pad + at + o - task->col_radius);
-        add_weighted(weights, rows + at, task->shifted.floats, cols, task->call->head_dim,
-                     sums + at, task->plain.floats);
+            weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats + at + o);
+        add_weighted(weights, cols, &row, 1, vector * LANES * depth, depth,
+                     sums + first_of(task, vector));
     }
 }
 
 /* Adds what the current row of queries gives to the keys and values of its window. */
 static void key_value_gradients(Task *task) {
     for (int64_t a = task->first; a <= task->last; a++) {
-        add_to_row(task, task->grad_logits, task->shifted_query, a, task->grad_keys[a]);
-        add_to_row(task, task->weights, task->shifted_grad_output, a, task->grad_values[a]);
+        add_to_row(task, task->grad_logits, task->position_query, a, task->grad_keys[a]);
+        add_to_row(task, task->weights, task->position_grad_output, a, task->grad_values[a]);
+    }
+}
+
+/* Gives rows of the window that come into sight a place in the gradients' rings. */
+static void move_gradients(Task *task, int64_t row, int64_t next_row) {
+    const int64_t bytes = task->around.floats * sizeof(float);
+    for (int64_t a = 0; a < task->size; a++) {
+        const int64_t slot = position_slot(task, row - task->radius + a);
+        task->grad_keys[a] = task->grad_key_ring + slot;
+        task->grad_values[a] = task->grad_value_ring + slot;
+        if (row - task->radius + a < next_row) continue;
+        memset(task->grad_keys[a], 0, bytes);
+        memset(task->grad_values[a], 0, bytes);
     }
 }
 
 /* Writes the finished rows of the gradients' rings, those before `until`, if they are the band's. */
 static void flush_gradients(const Task *task, int64_t *flushed, int64_t until) {
     const AttentionCall *call = task->call;
-    const Layout *s = &task->plain;
     for (; *flushed < until; (*flushed)++) {
-        const int64_t row = *flushed, slot = slot_of(task, s, row);
+        const int64_t row = *flushed, slot = position_slot(task, row);
         if (row < task->begin || row >= task->end) continue;
-        write_unpadded(s, &call->grad_key, task->n, task->channel, call->head_dim, row,
-                       task->grad_key_ring + slot);
-        write_unpadded(s, &call->grad_value, task->n, task->channel, call->head_dim, row,
-                       task->grad_value_ring + slot);
+        write_by_position(&task->around, &call->grad_key, task->n, task->channel, call->head_dim, row,
+                          task->grad_key_ring + slot);
+        write_by_position(&task->around, &call->grad_value, task->n, task->channel, call->head_dim,
+                          row, task->grad_value_ring + slot);
+    }
+}
+
+/* Puts the embeddings where their channels stand in a row by position. */
+static void read_embeddings(Task *task) {
+    const AttentionCall *call = task->call;
+    const int64_t half = call->head_dim / 2, depth = task->around.depth;
+    if (!call->rel_rows) return;
+    for (int64_t a = 0; a < task->size; a++) {
+        const int64_t from = (task->head * task->size + a) * half;
+        copy(task->rel_rows + a * depth, call->rel_rows + from, half);
+        copy(task->rel_cols + a * depth + half, call->rel_cols + from, half);
     }
 }
 
 static void write_embedding_gradients(const Task *task, int64_t index) {
     const AttentionCall *call = task->call;
-    const int64_t half = call->head_dim / 2, count = task->size * half;
+    const int64_t half = call->head_dim / 2, count = task->size * half, depth = task->around.depth;
     const int64_t part = (task->n * call->bands + index % call->bands) * 2 * call->heads;
     float *rows = call->grad_embeddings + (part + task->head) * count;
     float *cols = rows + call->heads * count;
-    for (int64_t a = 0; a < task->size; a++)
-        for (int64_t c = 0; c < half; c++) {
-            rows[a * half + c] = sum_of_lanes(task->grad_rel_rows[c * task->size + a]);
-            cols[a * half + c] = sum_of_lanes(task->grad_rel_cols[c * task->size + a]);
-        }
+    if (!call->rel_rows) return;
+    for (int64_t a = 0; a < task->size; a++) {
+        copy(rows + a * half, task->grad_rel_rows + a * depth, half);
+        copy(cols + a * half, task->grad_rel_cols + a * depth + half, half);
+    }
+}
+
+/* Reads what the backward needs of a row of queries. */
+static void read_queries(Task *task, int64_t row) {
+    const AttentionCall *call = task->call;
+    const int64_t channels = call->head_dim;
+    const Map logsumexp = logsumexp_map(call);
+    read_by_channel(&task->plain, &task->query_map, 0, 0, channels, row, task->query);
+    read_by_position(&task->around, &task->query_map, 0, 0, channels, row, task->position_query);
+    read_by_channel(&task->plain, &call->grad_output, task->n, task->channel, channels, row,
+                    task->grad_output);
+    read_by_position(&task->around, &call->grad_output, task->n, task->channel, channels, row,
+                     task->position_grad_output);
+    read_by_channel(&task->plain, &logsumexp, task->n, task->head, 1, row, task->logsumexp);
 }
 
 static void backward_task(const void *arguments, int64_t index, char *scratch) {
     const AttentionCall *call = arguments;
     Task task;
     start_task(&task, call, index, scratch, true);
+    read_embeddings(&task);
     const Layout *s = &task.plain;
-    const Map logsumexp = logsumexp_map(call);
-    const int64_t channels = call->head_dim, row_floats = channels * s->floats;
-    const int64_t window = task.size * task.cols, count = task.size * (channels / 2);
-    /* The padding stays zero. */
-    memset(task.weights, 0, window * task.kept.floats * sizeof(float));
-    memset(task.grad_logits, 0, window * task.kept.floats * sizeof(float));
-    memset(task.grad_rel_rows, 0, count * sizeof(V));
-    memset(task.grad_rel_cols, 0, count * sizeof(V));
+    const int64_t channels = call->head_dim;
+    memset(task.logsumexp, 0, s->floats * sizeof(float));
     /* Queries of the neighbouring bands see keys of this one. */
     int64_t from = task.begin - task.radius, until = task.end + task.radius;
     if (from < 0) from = 0;
@@ -134,22 +202,10 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     int64_t flushed = from - task.radius;
     for (int64_t row = from; row < until; row++) {
         flush_gradients(&task, &flushed, row - task.radius);
+        move_gradients(&task, row, task.next_row);
         move_window(&task, row);
-        for (int64_t a = 0; a < task.size; a++) {
-            int64_t slot = slot_of(&task, s, row - task.radius + a);
-            task.grad_keys[a] = task.grad_key_ring + slot;
-            task.grad_values[a] = task.grad_value_ring + slot;
-            if (row - task.radius + a < task.next_row) continue;
-            memset(task.grad_keys[a], 0, row_floats * sizeof(float));
-            memset(task.grad_values[a], 0, row_floats * sizeof(float));
-        }
-        task.next_row = row + task.radius + 1;
-        read_padded(&task.shifted, &task.query_map, 0, 0, channels, row, task.shifted_query);
-        read_padded(&task.shifted, &call->grad_output, task.n, task.channel, channels, row,
-                    task.shifted_grad_output);
-        strip_padding(&task.shifted, task.shifted_query, s, channels, task.query);
-        strip_padding(&task.shifted, task.shifted_grad_output, s, channels, task.grad_output);
-        read_padded(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
+        read_queries(&task, row);
+        memset(task.result, 0, task.around.floats * sizeof(float));
         const bool own = row >= task.begin && row < task.end;
         for (int64_t vector = 0; vector < s->vectors; vector++) {
             prefetch(&task, row, vector, &call->grad_query);
@@ -163,9 +219,10 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
             if (own) query_gradient(&task, vector);
         }
         if (own)
-            write_unpadded(s, &call->grad_query, task.n, task.channel, channels, row, task.result);
+            write_by_position(&task.around, &call->grad_query, task.n, task.channel, channels, row,
+                              task.result);
         key_value_gradients(&task);
     }
     flush_gradients(&task, &flushed, task.next_row);
-    if (call->rel_rows) write_embedding_gradients(&task, index);
+    write_embedding_gradients(&task, index);
 }

@@ -4,35 +4,28 @@
    Weights stand in panels of some columns (output channels), each [channels][columns of the panel]. */
 
 #define PANEL 3 /* vectors of columns, at most */
-#if LANES == 16
-#define POSITIONS 8 /* that are summed up at once, with 32 registers */
-#else
-#define POSITIONS 4
-#endif
-
-/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p. */
+/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p.
+   Asks for those of the row `next`, where it is given, line by line in between. */
 INLINE void project_tile(const int vectors, const int positions, const float *x, int64_t stride,
                          const float *weights, int64_t channels, const float *start, float *out,
-                         int64_t columns) {
+                         int64_t columns, const float *next) {
     V total[POSITIONS * PANEL], weight[PANEL];
     UNROLL for (int p = 0; p < positions; p++)
         UNROLL for (int v = 0; v < vectors; v++)
             total[p * vectors + v] = load((start ? start : out + p * columns) + v * LANES);
-    for (int64_t c = 0; c < channels; c++, weights += vectors * LANES) {
-        UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * LANES);
-        UNROLL for (int p = 0; p < positions; p++)
-            UNROLL for (int v = 0; v < vectors; v++)
-                total[p * vectors + v] += x[p * stride + c] * weight[v];
+    for (int64_t line = 0; line < channels; line += LINE) {
+        const int64_t end = line + LINE < channels ? line + LINE : channels;
+        if (next) UNROLL for (int p = 0; p < positions; p++) prefetch_line(next + p * stride + line, false);
+        UNROLL_BY_4 for (int64_t c = line; c < end; c++, weights += vectors * LANES) {
+            UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * LANES);
+            UNROLL for (int p = 0; p < positions; p++)
+                UNROLL for (int v = 0; v < vectors; v++)
+                    total[p * vectors + v] += x[p * stride + c] * weight[v];
+        }
     }
     UNROLL for (int p = 0; p < positions; p++)
         UNROLL for (int v = 0; v < vectors; v++)
             store(out + p * columns + v * LANES, total[p * vectors + v]);
-}
-
-INLINE void prefetch_positions(const float *x, int64_t stride, int64_t positions, int64_t channels) {
-    for (int64_t p = 0; p < positions; p++)
-        for (int64_t c = 0; c < channels; c += 64 / sizeof(float))
-            prefetch_line((const char *)(x + p * stride + c), false);
 }
 
 /* A panel's columns of a row of positions. */
@@ -41,10 +34,9 @@ INLINE void project_panel(const int vectors, const float *x, int64_t stride, int
                           int64_t columns, const float *next) {
     for (int64_t p = 0, count; p < width; p += count) {
         count = width - p < POSITIONS ? width - p : POSITIONS;
-        if (next) prefetch_positions(next + p * stride, stride, count, channels);
 #define TILE(positions)                                                                            \
     project_tile(vectors, positions, x + p * stride, stride, weights, channels, start,             \
-                 out + p * columns, columns)
+                 out + p * columns, columns, next ? next + p * stride : NULL)
         switch (count) {
         case 1: TILE(1); break;
         case 2: TILE(2); break;
@@ -68,8 +60,9 @@ INLINE int64_t panel_at(int64_t column, int64_t columns) {
 
 /* out[position][column] = start[column] + sum over channels of x[position][channel] times the weight;
    `columns` is a multiple of LANES. `next` is the row that will be projected after this one. */
-static void project_row(const float *x, const float *next, int64_t stride, int64_t width, int64_t channels,
-                        const float *weights, int64_t columns, const float *start, float *out) {
+static void project_row(const float *x, const float *next, int64_t stride, int64_t width,
+                        int64_t channels, const float *weights, int64_t columns,
+                        const float *start, float *out) {
     const int64_t at_once = 256; /* channels: a panel is to stay in the first-level cache */
     for (int64_t c = 0, count; c < channels; c += count) {
         count = channels - c < at_once ? channels - c : at_once;

@@ -1,13 +1,21 @@
-/* Rows between maps and scratch memory. Included once for each instruction set, by kernels.h. */
+/* Rows between maps and scratch memory. Included once for each instruction set, by kernels.h.
 
-/* How rows stand in scratch memory: column x at pad + x, whole vectors in all. */
+   In scratch memory a row stands by channel, [channel][x], for sums over its channels, or by position,
+   [x][channel], for sums over its positions. */
+
+/* By channel: column x at pad + x, whole vectors in all. */
 typedef struct {
     int64_t height, width;
     int64_t vectors;     /* in a row */
-    int64_t pad, floats; /* of a row: before its first column, and in all */
+    int64_t pad, floats; /* of a channel: before its first column, and in all */
 } Layout;
 
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* By position: column x at (pad + x) * depth, with `pad` columns more behind the whole vectors. */
+typedef struct {
+    int64_t width, pad;
+    int64_t depth;  /* of a position: its channels, in whole vectors */
+    int64_t floats; /* of a row */
+} Positions;
 
 static Layout make_layout(int64_t height, int64_t width) {
     int64_t vectors = ceil_div(width, LANES);
@@ -21,7 +29,10 @@ static Layout padded(Layout layout, int64_t pad) {
     return layout;
 }
 
-/* A row of a map, first as `channels` rows of `width` floats, `stride` apart. */
+static Positions by_position(const Layout *layout, int64_t pad, int64_t channels) {
+    const int64_t depth = depth_of(channels);
+    return (Positions){layout->width, pad, depth, .floats = (layout->vectors * LANES + 2 * pad) * depth};
+}
 
 INLINE float from_bfloat16(uint16_t value) {
     union { uint32_t bits; float value; } x = {.bits = (uint32_t)value << 16};
@@ -34,13 +45,25 @@ INLINE uint16_t to_bfloat16(float value) {
     return (uint16_t)((x.bits + 0x7fff + ((x.bits >> 16) & 1)) >> 16); /* to nearest, ties to even */
 }
 
+INLINE void copy(float *to, const float *from, int64_t count) {
+    for (; count >= LANES; count -= LANES, to += LANES, from += LANES) store(to, load(from));
+#if LANES == 16
+    if (count >= 8) {
+        *(HalfV *)to = *(const HalfV *)from;
+        count -= 8, to += 8, from += 8;
+    }
+#endif
+    for (; count > 0; count--) *to++ = *from++;
+}
+
+/* A row of a map, as `channels` rows of `width` floats, `stride` apart. */
 static void read_row(const Map *map, int64_t start, int64_t channels, int64_t width, float *row,
                      int64_t stride) {
     const float *floats = (const float *)map->data + start;
     const uint16_t *halves = (const uint16_t *)map->data + start;
     if (map->dtype == FLOAT32 && map->stride_w == 1) {
         for (int64_t c = 0; c < channels; c++)
-            memcpy(row + c * stride, floats + c * map->stride_c, width * sizeof(float));
+            copy(row + c * stride, floats + c * map->stride_c, width);
     } else if (map->dtype == FLOAT32 && map->stride_c == 1) {
         transpose(floats, map->stride_w, width, channels, row, stride);
     } else if (map->dtype == FLOAT32) {
@@ -64,7 +87,7 @@ static void write_row(const Map *map, int64_t start, int64_t channels, int64_t w
     uint16_t *halves = (uint16_t *)map->data + start;
     if (map->dtype == FLOAT32 && map->stride_w == 1) {
         for (int64_t c = 0; c < channels; c++)
-            memcpy(floats + c * map->stride_c, row + c * stride, width * sizeof(float));
+            copy(floats + c * map->stride_c, row + c * stride, width);
     } else if (map->dtype == FLOAT32 && map->stride_c == 1) {
         transpose(row, stride, channels, width, floats, map->stride_w);
     } else if (map->dtype == FLOAT32) {
@@ -87,32 +110,41 @@ INLINE int64_t row_start(const Map *map, int64_t n, int64_t channel, int64_t y) 
     return n * map->stride_n + channel * map->stride_c + y * map->stride_h;
 }
 
-/* Row y of some channels, which is in the map, with zeros around it. */
-static void read_padded(const Layout *s, const Map *map, int64_t n, int64_t channel,
-                        int64_t channels, int64_t y, float *row) {
-    const int64_t used = s->pad + s->width;
-    for (int64_t c = 0; c < channels; c++) {
-        memset(row + c * s->floats, 0, s->pad * sizeof(float));
-        memset(row + c * s->floats + used, 0, (s->floats - used) * sizeof(float));
-    }
+/* Row y of some channels, which is in the map; padding is left alone. */
+static void read_by_channel(const Layout *s, const Map *map, int64_t n, int64_t channel,
+                            int64_t channels, int64_t y, float *row) {
     read_row(map, row_start(map, n, channel, y), channels, s->width, row + s->pad, s->floats);
 }
 
-/* Copies a row between layouts that differ in their padding only. */
-static void strip_padding(const Layout *from, const float *rows, const Layout *to, int64_t channels,
-                          float *stripped) {
-    for (int64_t c = 0; c < channels; c++)
-        memcpy(stripped + c * to->floats, rows + c * from->floats + from->pad,
-               to->floats * sizeof(float));
-}
-
-/* The inverse of read_padded. */
-static void write_unpadded(const Layout *s, const Map *map, int64_t n, int64_t channel,
-                           int64_t channels, int64_t y, const float *row) {
+static void write_by_channel(const Layout *s, const Map *map, int64_t n, int64_t channel,
+                             int64_t channels, int64_t y, const float *row) {
     write_row(map, row_start(map, n, channel, y), channels, s->width, row + s->pad, s->floats);
 }
 
-INLINE void prefetch_line(const char *p, const bool to_write) {
+INLINE Map transposed(const Map *map) {
+    Map swapped = *map;
+    swapped.stride_c = map->stride_w;
+    swapped.stride_w = map->stride_c;
+    return swapped;
+}
+
+static void read_by_position(const Positions *s, const Map *map, int64_t n, int64_t channel,
+                             int64_t channels, int64_t y, float *row) {
+    const Map swapped = transposed(map);
+    read_row(&swapped, row_start(map, n, channel, y), s->width, channels, row + s->pad * s->depth,
+             s->depth);
+}
+
+static void write_by_position(const Positions *s, const Map *map, int64_t n, int64_t channel,
+                              int64_t channels, int64_t y, const float *row) {
+    const Map swapped = transposed(map);
+    write_row(&swapped, row_start(map, n, channel, y), s->width, channels, row + s->pad * s->depth,
+              s->depth);
+}
+
+#define LINE 16 /* floats in a cache line */
+
+INLINE void prefetch_line(const void *p, const bool to_write) {
     if (to_write)
         __builtin_prefetch(p, 1, 2);
     else

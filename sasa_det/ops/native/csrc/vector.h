@@ -41,6 +41,16 @@ INLINE V maximum(V a, V b) {
 #endif
 }
 
+/* The largest of some vectors, lane by lane: four at a time, as each has to wait for the one before. */
+INLINE V maximum_of(const V *x, int64_t count) {
+    V highest[4] = {x[0], x[0], x[0], x[0]};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+        for (int j = 0; j < 4; j++) highest[j] = maximum(highest[j], x[i + j]);
+    for (; i < count; i++) highest[0] = maximum(highest[0], x[i]);
+    return maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+}
+
 INLINE float sum_of_lanes(V x) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += x[lane];
