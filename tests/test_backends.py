@@ -15,16 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sasa_det.ops
 from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
+from sasa_det.ops.calls import LARGE_BLOCK
 from sasa_det.ops.native import library
 
 # Beside those of the operator's tests: maps of one vector a row to four, whole and with a rest, and
-# heads of 8, 12 and 32 channels.
+# heads of 8, 12, 32 and 48 channels.
 LARGER = [
     (1, 64, 40, 40, 8, 7),
     (2, 64, 20, 20, 2, 7),
     (1, 16, 11, 10, 2, 7),
     (1, 24, 37, 33, 2, 9),
     (1, 8, 9, 50, 1, 13),
+    (1, 48, 9, 21, 1, 15),
 ]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -127,7 +129,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         return local_attention(*maps, rows, cols, **options)
 
     # The bytes of a group's queries, keys and values; x has as many numbers as each of them.
-    monkeypatch.setattr("sasa_det.ops.projected._LARGEST_MAPS", 3 * 4 * x.numel() // groups)
+    monkeypatch.setattr("sasa_det.ops.projected.LARGE_BLOCK", 3 * 4 * x.numel() // groups)
     output = projected_attention(x, inputs[1], rows, cols, bias=bias, **options)
     expected = separately(*inputs)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
@@ -197,6 +199,15 @@ def test_a_residual_is_added_to_the_bit(layout, backend):
     platform.machine() not in ("x86_64", "AMD64") or available_backends()["native"] is not None,
     reason="other processors are as fast with denormal numbers",
 )
+def test_a_block_that_is_mapped_anew_is_computed_like_any_other(backend):
+    shape = (1, 16, 1024, 512)
+    inputs, options = make_inputs((1, 16, 12, 512, 2, 3), torch.float32)
+    maps = [torch.cat([x, x.new_zeros(1, 16, shape[2] - 12, 512)], dim=2) for x in inputs[:3]]
+    assert maps[0].nbytes >= LARGE_BLOCK
+    output = local_attention(*maps, *inputs[3:], **options)
+    assert torch.equal(output[:, :, :11], local_attention(*inputs, **options)[:, :, :11])
+
+
 def test_denormal_numbers_are_zeros_inside_the_kernels_and_numbers_outside():
     heads, kernel_size = 1, 3
     query, key, value = torch.randn(3, 1, 4, 6, 6)

@@ -5,6 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# In bytes. glibc asks the system anew for each larger block, whose pages are mapped one by one as
+# they are written: that can take longer than the attention.
+LARGE_BLOCK = 2**25
+
 
 class AttentionCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.local_attention`."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import find
-from .calls import ProjectedCall
+from .calls import LARGE_BLOCK, ProjectedCall
 from .functional import cast_for_autocast, local_attention
 from .registration import (
     local_attention_backward_op,
@@ -16,10 +16,6 @@ from .registration import (
     projected_attention_backward_op,
     projected_attention_op,
 )
-
-# In bytes, of queries, keys and values together. glibc asks the system anew for each larger block,
-# and for its pages one by one, which can take longer than the attention.
-_LARGEST_MAPS = 2**25
 
 
 def projected_attention(
@@ -99,7 +95,7 @@ def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
         return 1
     size = x.shape[0] * channels * x.shape[2] * x.shape[3] * x.element_size()
     divisors = [groups for groups in range(1, num_heads + 1) if num_heads % groups == 0]
-    return next((g for g in divisors if size <= g * _LARGEST_MAPS), num_heads)
+    return next((g for g in divisors if size <= g * LARGE_BLOCK), num_heads)
 
 
 class _ProjectedAttention(torch.autograd.Function):

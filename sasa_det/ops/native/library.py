@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..calls import LARGE_BLOCK
+
 # Values of the enumerations in calls.h and library.c.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -93,11 +95,12 @@ def load() -> ctypes.CDLL | str:
 
 def _fits(library: ctypes.CDLL) -> bool:
     """Whether the structures above are those that it was compiled with."""
-    functions = ("sasa_det_instruction_set", "sasa_det_size_of_attention_call")
-    for name in (*functions, "sasa_det_size_of_stem_call"):
-        if not hasattr(library, name):
+    numbers = ("instruction_set", "size_of_attention_call", "size_of_stem_call")
+    for name in (*numbers, "prefer_large_pages"):
+        if not hasattr(library, f"sasa_det_{name}"):
             return False
-        getattr(library, name).restype = ctypes.c_int64
+    for name in numbers:
+        getattr(library, f"sasa_det_{name}").restype = ctypes.c_int64
     sizes = (library.sasa_det_size_of_attention_call(), library.sasa_det_size_of_stem_call())
     return sizes == (ctypes.sizeof(AttentionArguments), ctypes.sizeof(StemArguments))
 
@@ -142,6 +145,15 @@ class _Threads:
 _threads = _Threads()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.after_fork)
+
+
+def on_large_pages(x: Tensor) -> Tensor:
+    """``x``, which nobody has written to yet; on large pages, if its block was mapped anew."""
+    if x.nbytes >= LARGE_BLOCK:
+        load().sasa_det_prefer_large_pages(  # type: ignore[union-attr]
+            ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes)
+        )
+    return x
 
 
 def run(function: str, arguments: ctypes.Structure) -> None:

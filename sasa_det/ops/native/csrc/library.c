@@ -2,6 +2,10 @@
    Python breaks. */
 
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -27,6 +31,18 @@ EXPORT int64_t sasa_det_instruction_set(void) {
 /* By which Python knows that it has the library that it was written for. */
 EXPORT int64_t sasa_det_size_of_attention_call(void) { return sizeof(AttentionCall); }
 EXPORT int64_t sasa_det_size_of_stem_call(void) { return sizeof(StemCall); }
+
+/* Asks for large pages where `bytes` that nobody has written to yet will be: the system maps them five
+   hundred times less often. Where it has none, nothing changes. */
+EXPORT void sasa_det_prefer_large_pages(void *start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = sysconf(_SC_PAGESIZE), from = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t until = ((uintptr_t)start + bytes) / page * page;
+    if (from < until) madvise((void *)from, until - from, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
 
 static const Kernels *kernels_for(int64_t instruction_set) {
 #if defined(__x86_64__)
