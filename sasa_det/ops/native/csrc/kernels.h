@@ -14,9 +14,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#include "unroll.h"
 #include "vector.h"
 #include "transpose.h"
-#include "sums.h"
+#include "dots.h"
 #include "weighted_sums.h"
 #include "rows.h"
 #include "projection.h"

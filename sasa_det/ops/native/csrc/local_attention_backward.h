@@ -22,60 +22,6 @@ static void logit_gradients(Task *task, int64_t vector) {
     }
 }
 
-/* EMBEDDING_GRADIENTS_OF defines a function for a type of vector of channels: see embedding_gradients. */
-#define EMBEDDING_GRADIENTS_OF(name, Vector)                                                       \
-    INLINE void name(const int count, const V *logits, const float *queries,                       \
-                     const float *embeddings, int64_t depth, float *result,                        \
-                     float *grad_embeddings) {                                                     \
-        Vector total[7], embedding[7];                                                             \
-        UNROLL for (int o = 0; o < count; o++) {                                                   \
-            total[o] = *(const Vector *)(grad_embeddings + o * depth);                             \
-            embedding[o] = *(const Vector *)(embeddings + o * depth);                              \
-        }                                                                                          \
-        for (int p = 0; p < LANES; p++) {                                                          \
-            const Vector query = *(const Vector *)(queries + p * depth);                           \
-            Vector sum = *(const Vector *)(result + p * depth);                                    \
-            UNROLL for (int o = 0; o < count; o++) {                                               \
-                const float factor = ((const float *)(logits + o))[p];                             \
-                total[o] += factor * query;                                                        \
-                sum += factor * embedding[o];                                                      \
-            }                                                                                      \
-            *(Vector *)(result + p * depth) = sum;                                                 \
-        }                                                                                          \
-        UNROLL for (int o = 0; o < count; o++) *(Vector *)(grad_embeddings + o * depth) = total[o]; \
-    }
-EMBEDDING_GRADIENTS_OF(embedding_gradients_of, UnalignedV)
-#if LANES == 16
-EMBEDDING_GRADIENTS_OF(embedding_gradients_of_half, HalfV)
-#endif
-
-/* What a vector of queries gives by the dot products of its channels from `begin` to `end` with embeddings:
-   adds to the gradients of the queries, `result`, and of the embeddings. */
-static void embedding_gradients(const V *logits, int64_t offsets, int64_t begin, int64_t end,
-                                const float *queries, const float *embeddings, int64_t depth,
-                                float *result, float *grad_embeddings) {
-    for (int64_t c = begin / LANES * LANES; c < end; c += LANES)
-        for (int64_t o = 0, count; o < offsets; o += count) {
-            count = chunk_of(offsets - o, 7);
-#define GRADIENTS(of, n)                                                                           \
-    of(n, logits + o, queries + c, embeddings + o * depth + c, depth, result + c,                  \
-       grad_embeddings + o * depth + c)
-            if (depth >= LANES) {
-#define BODY(n) GRADIENTS(embedding_gradients_of, n)
-                UP_TO_7(count, __builtin_unreachable())
-#undef BODY
-            }
-#if LANES == 16
-            else {
-#define BODY(n) GRADIENTS(embedding_gradients_of_half, n)
-                UP_TO_7(count, __builtin_unreachable())
-#undef BODY
-            }
-#endif
-#undef GRADIENTS
-        }
-}
-
 /* A vector of the gradient of the query, and what it adds to that of the embeddings. */
 static void query_gradient(Task *task, int64_t vector) {
     const int64_t cols = task->cols, channels = task->call->head_dim, first = task->first;

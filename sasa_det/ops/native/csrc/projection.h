@@ -15,7 +15,9 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
             total[p * vectors + v] = load((start ? start : out + p * columns) + v * LANES);
     for (int64_t line = 0; line < channels; line += LINE) {
         const int64_t end = line + LINE < channels ? line + LINE : channels;
-        if (next) UNROLL for (int p = 0; p < positions; p++) prefetch_line(next + p * stride + line, false);
+        if (next)
+            UNROLL for (int p = 0; p < positions; p++)
+                prefetch_line(next + p * stride + line, false);
         UNROLL_BY_4 for (int64_t c = line; c < end; c++, weights += vectors * LANES) {
             UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * LANES);
             UNROLL for (int p = 0; p < positions; p++)

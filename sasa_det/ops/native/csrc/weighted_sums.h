@@ -1,72 +1,59 @@
-/* Sums over positions, of rows by position. Included once for each instruction set.
+/* Sums over positions, of rows by position: a position's channels fill whole vectors, or half of one if
+   that is enough. Included once for each instruction set, by kernels.h. */
 
-   Weights are [row][offset], each a vector of positions. */
+#define MOST_OFFSETS 7 /* at once */
 
-/* ADD_WEIGHTED_OF defines a function for a type of vector of `lanes` channels, of which it takes one or
-   two: sums[p] += sum over rows and `count` offsets of weights times rows[p + offset]. */
-#define ADD_WEIGHTED_OF(name, Vector, lanes)                                                       \
-    INLINE void name(const int count, const int vectors, const float *weights, int64_t offsets,    \
-                     const float *const *rows, int64_t row_count, int64_t row_start,               \
-                     int64_t depth, float *sums) {                                                 \
-        Vector total[POSITIONS * 2] = {{0}}, value[2];                                             \
-        for (int64_t row = 0; row < row_count; row++, weights += offsets * LANES) {                \
-            const float *x = rows[row] + row_start;                                                \
-            /* Each vector is loaded once, for all positions that see it. */                       \
-            UNROLL for (int seen = 0; seen < POSITIONS + count - 1; seen++, x += depth) {          \
-                UNROLL for (int v = 0; v < vectors; v++)                                           \
-                    value[v] = *(const Vector *)(x + v * lanes);                                   \
-                UNROLL for (int p = 0; p < POSITIONS; p++) {                                       \
-                    const int offset = seen - p;                                                   \
-                    if (offset < 0 || offset >= count) continue;                                   \
-                    const float weight = weights[offset * LANES + p];                              \
-                    UNROLL for (int v = 0; v < vectors; v++)                                       \
-                        total[p * vectors + v] += weight * value[v];                               \
-                }                                                                                  \
-            }                                                                                      \
-        }                                                                                          \
-        UNROLL for (int p = 0; p < POSITIONS; p++)                                                 \
-            UNROLL for (int v = 0; v < vectors; v++)                                               \
-                *(Vector *)(sums + p * depth + v * lanes) += total[p * vectors + v];               \
-    }
-ADD_WEIGHTED_OF(add_weighted_of, UnalignedV, LANES)
+#define CHANNELS UnalignedV
+#define CHANNEL_LANES LANES
+#define IN_CHANNELS(name) name##_of_vectors
+#include "position_sums.h"
+#undef CHANNELS
+#undef CHANNEL_LANES
+#undef IN_CHANNELS
+
 #if LANES == 16
 typedef float HalfV __attribute__((vector_size(32), may_alias, aligned(4)));
-ADD_WEIGHTED_OF(add_weighted_of_half, HalfV, 8)
+#define CHANNELS HalfV
+#define CHANNEL_LANES 8
+#define IN_CHANNELS(name) name##_of_halves
+#include "position_sums.h"
+#undef CHANNELS
+#undef CHANNEL_LANES
+#undef IN_CHANNELS
 #endif
 
-/* How many channels a position has by position: whole vectors, or half of one if that is enough. */
+INLINE bool fills_half(int64_t channels) { return LANES == 16 && channels <= 8; }
+
 INLINE int64_t depth_of(int64_t channels) {
-    if (LANES == 16 && channels <= 8) return 8;
-    return ceil_div(channels, LANES) * LANES;
+    return fills_half(channels) ? 8 : ceil_div(channels, LANES) * LANES;
 }
 
 /* sums[p] += sum over rows and offsets of weights times rows[p + offset], for a vector of positions of
-   `depth` channels; rows are seen from `row_start` on. */
+   `depth` channels. Rows are seen from `row_start` on; weights are [row][offset], each a vector of
+   positions. */
 static void add_weighted(const V *weights, int64_t offsets, const float *const *rows, int64_t row_count,
                          int64_t row_start, int64_t depth, float *sums) {
-    for (int64_t p = 0; p < LANES; p += POSITIONS)
-        for (int64_t c = 0; c < depth; c += 2 * LANES)
-            for (int64_t o = 0, count; o < offsets; o += count) {
-                count = chunk_of(offsets - o, 7);
-#define ADD(add, n, vectors)                                                                       \
-    add(n, vectors, (const float *)(weights + o) + p, offsets, rows, row_count,                    \
-        row_start + (p + o) * depth + c, depth, sums + p * depth + c)
-                if (depth - c >= 2 * LANES) {
-#define BODY(n) ADD(add_weighted_of, n, 2)
-                    UP_TO_7(count, __builtin_unreachable())
-#undef BODY
-                } else if (depth - c >= LANES) {
-#define BODY(n) ADD(add_weighted_of, n, 1)
-                    UP_TO_7(count, __builtin_unreachable())
-#undef BODY
-                }
 #if LANES == 16
-                else {
-#define BODY(n) ADD(add_weighted_of_half, n, 1)
-                    UP_TO_7(count, __builtin_unreachable())
-#undef BODY
-                }
+    if (fills_half(depth)) {
+        add_weighted_of_halves(weights, offsets, rows, row_count, row_start, depth, sums);
+        return;
+    }
 #endif
-#undef ADD
-            }
+    add_weighted_of_vectors(weights, offsets, rows, row_count, row_start, depth, sums);
+}
+
+/* What a vector of queries gives by the dot products of its channels from `begin` to `end` with
+   embeddings: adds to the gradients of the queries, `result`, and of the embeddings. */
+static void embedding_gradients(const V *logits, int64_t offsets, int64_t begin, int64_t end,
+                                const float *queries, const float *embeddings, int64_t depth,
+                                float *result, float *grad_embeddings) {
+#if LANES == 16
+    if (fills_half(depth)) {
+        embedding_gradients_of_halves(logits, offsets, begin, end, queries, embeddings, depth, result,
+                                      grad_embeddings);
+        return;
+    }
+#endif
+    embedding_gradients_of_vectors(logits, offsets, begin, end, queries, embeddings, depth, result,
+                                   grad_embeddings);
 }
