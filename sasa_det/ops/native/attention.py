@@ -12,7 +12,7 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    output = library.on_large_pages(torch.empty_like(call.query))
+    output = library.mapped(torch.empty_like(call.query))
     logsumexp = empty_logsumexp(output, call.num_heads)
     arguments, _embeddings = attention_arguments(call, output.shape, logsumexp)
     _set_maps(arguments, call)
@@ -40,7 +40,7 @@ def run_backward(
     """Fills ``grad_maps`` (N, 3 * C, H, W) and returns it and the gradients of the embeddings."""
     arguments.grad_output = library.Map.of(grad_output)
     arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
-        library.Map.of, library.on_large_pages(grad_maps).chunk(3, dim=1)
+        library.Map.of, library.mapped(grad_maps).chunk(3, dim=1)
     )
     if call.rel_rows is None:
         library.run("sasa_det_attention_backward", arguments)

@@ -96,7 +96,7 @@ def load() -> ctypes.CDLL | str:
 def _fits(library: ctypes.CDLL) -> bool:
     """Whether the structures above are those that it was compiled with."""
     numbers = ("instruction_set", "size_of_attention_call", "size_of_stem_call")
-    for name in (*numbers, "prefer_large_pages"):
+    for name in (*numbers, "map_pages"):
         if not hasattr(library, f"sasa_det_{name}"):
             return False
     for name in numbers:
@@ -136,6 +136,12 @@ class _Threads:
     were_used = False
     are_lost = False
 
+    def count(self) -> int:
+        """How many to compute with."""
+        threads = 1 if self.are_lost else torch.get_num_threads()
+        self.were_used |= threads > 1
+        return threads
+
     def after_fork(self) -> None:
         if self.were_used:
             self.are_lost = True
@@ -147,11 +153,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.after_fork)
 
 
-def on_large_pages(x: Tensor) -> Tensor:
-    """``x``, which nobody has written to yet; on large pages, if its block was mapped anew."""
+def mapped(x: Tensor) -> Tensor:
+    """``x``, which nobody has written to yet; if its block is new, with all of its pages mapped."""
     if x.nbytes >= LARGE_BLOCK:
-        load().sasa_det_prefer_large_pages(  # type: ignore[union-attr]
-            ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes)
+        load().sasa_det_map_pages(  # type: ignore[union-attr]
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(x.nbytes),
+            ctypes.c_int64(_threads.count()),
         )
     return x
 
@@ -162,10 +170,8 @@ def run(function: str, arguments: ctypes.Structure) -> None:
     Raises:
         MemoryError: if there is not enough of it.
     """
-    threads = 1 if _threads.are_lost else torch.get_num_threads()
-    _threads.were_used |= threads > 1
     status = getattr(load(), function)(
-        ctypes.byref(arguments), ctypes.c_int64(instruction_set()), ctypes.c_int64(threads)
+        ctypes.byref(arguments), ctypes.c_int64(instruction_set()), ctypes.c_int64(_threads.count())
     )
     if status:
         raise MemoryError(f"{function} of sasa_det found no memory for its scratch space.")

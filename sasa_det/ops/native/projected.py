@@ -26,7 +26,7 @@ def refuses(call: ProjectedCall) -> str | None:
 
 
 def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
-    output = library.on_large_pages(empty_map(call.x, call.weight.shape[0] // 3))
+    output = library.mapped(empty_map(call.x, call.weight.shape[0] // 3))
     logsumexp = empty_logsumexp(output, call.num_heads)
     arguments, _kept = _arguments(call, logsumexp)
     arguments.output = library.Map.of(output)

@@ -2,10 +2,6 @@
    Python breaks. */
 
 #include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -32,16 +28,13 @@ EXPORT int64_t sasa_det_instruction_set(void) {
 EXPORT int64_t sasa_det_size_of_attention_call(void) { return sizeof(AttentionCall); }
 EXPORT int64_t sasa_det_size_of_stem_call(void) { return sizeof(StemCall); }
 
-/* Asks for large pages where `bytes` that nobody has written to yet will be: the system maps them five
-   hundred times less often. Where it has none, nothing changes. */
-EXPORT void sasa_det_prefer_large_pages(void *start, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t page = sysconf(_SC_PAGESIZE), from = ((uintptr_t)start + page - 1) / page * page;
-    const uintptr_t until = ((uintptr_t)start + bytes) / page * page;
-    if (from < until) madvise((void *)from, until - from, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
+/* Has the system map `bytes` that nobody has written to yet, each thread a share of its own. Left to the
+   kernels, threads that write to the same page at the same time have it mapped twice. */
+EXPORT void sasa_det_map_pages(void *start, int64_t bytes, int64_t threads) {
+    const int64_t page = 4096;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < bytes; i += page) *((volatile char *)start + i) = 0;
+    (void)threads;
 }
 
 static const Kernels *kernels_for(int64_t instruction_set) {
