@@ -13,7 +13,7 @@ typedef struct {
 /* By position: column x at (pad + x) * depth, with `pad` columns more behind the whole vectors. */
 typedef struct {
     int64_t width, pad;
-    int64_t depth;  /* of a position: its channels, in whole vectors */
+    int64_t depth;  /* of a position: its channels, and some for whole vectors */
     int64_t floats; /* of a row */
 } Positions;
 
