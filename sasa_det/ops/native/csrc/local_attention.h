@@ -68,6 +68,7 @@ static char *lay_out(Task *task, char *scratch, char **zeros) {
     task->key_ring = take(&scratch, ring, sizeof(float));
     task->summed_ring = take(&scratch, task->size * by_position, sizeof(float));
     task->query = take(&scratch, plain, sizeof(float));
+    task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     if (task->backward) {
         task->value_ring = take(&scratch, ring, sizeof(float));
         task->grad_output = take(&scratch, plain, sizeof(float));
@@ -84,7 +85,6 @@ static char *lay_out(Task *task, char *scratch, char **zeros) {
     task->keys = take(&scratch, task->size, sizeof(float *));
     task->summed = take(&scratch, task->size, sizeof(float *));
     task->result = take(&scratch, by_position, sizeof(float));
-    task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
     task->row_logits = take(&scratch, task->size, sizeof(V));
     task->col_logits = take(&scratch, task->size, sizeof(V));

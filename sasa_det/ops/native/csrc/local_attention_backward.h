@@ -140,7 +140,6 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     read_embeddings(&task);
     const Layout *s = &task.plain;
     const int64_t channels = call->head_dim;
-    memset(task.logsumexp, 0, s->floats * sizeof(float));
     /* Queries of the neighbouring bands see keys of this one. */
     int64_t from = task.begin - task.radius, until = task.end + task.radius;
     if (from < 0) from = 0;
