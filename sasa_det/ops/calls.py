@@ -68,3 +68,19 @@ def empty_map(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Ten
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+def empty_pooled(call: StemCall) -> Tensor:
+    """(N, C, blocks down, blocks across) for the pooled stem's maximum.
+
+    On the CPU in channels_last: convolution and attention are quicker there, and follow the format
+    of their input.
+    """
+    n, _, height, width = call.image.shape
+    channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
+    return torch.empty(
+        (n, channels, -(-height // block_size), -(-width // block_size)),
+        dtype=call.image.dtype,
+        device=call.image.device,
+        memory_format=torch.contiguous_format if call.image.is_cuda else torch.channels_last,
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .calls import StemCall
+from .calls import StemCall, empty_pooled
 from .eager_stem import CHUNK, Blocks
 
 
@@ -22,10 +22,9 @@ def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
         inside = _fill_outside(output, outside, 0.0)
         total += inside.sum(dim=(0, 1))
         square_total += inside.square().sum(dim=(0, 1))
-    n, _, height, width = call.image.shape
-    block_size = blocks.stem.block_size
-    maximum = torch.cat(maxima).unflatten(0, (n, -(-height // block_size), -(-width // block_size)))
-    maximum = maximum.permute(0, 3, 1, 2).to(call.image.dtype).contiguous()
+    maximum = empty_pooled(call)
+    by_block = torch.cat(maxima).unflatten(0, (len(maximum), *maximum.shape[2:]))
+    maximum.copy_(by_block.permute(0, 3, 1, 2))
     return maximum, total, square_total
 
 

@@ -17,7 +17,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
 from .backends import choose
-from .calls import AttentionCall, ProjectedCall, StemCall, compute_dtype, empty_gradient, empty_map
+from .calls import (
+    AttentionCall,
+    ProjectedCall,
+    StemCall,
+    compute_dtype,
+    empty_gradient,
+    empty_map,
+    empty_pooled,
+)
 from .checks import check_attention, check_projected_attention
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
@@ -194,11 +202,8 @@ def _(grad_output, image_gradient, *arguments):
 @stem_attention_pooled_op.register_fake
 def _(*arguments):
     call = StemCall(*arguments)
-    n, _, height, width = call.image.shape
-    channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
-    rows, cols = -(-height // block_size), -(-width // block_size)
-    maximum = call.image.new_empty(n, channels, rows, cols)
-    total = call.image.new_empty(channels, dtype=compute_dtype(call.image.dtype))
+    maximum = empty_pooled(call)
+    total = call.image.new_empty(maximum.shape[1], dtype=compute_dtype(call.image.dtype))
     return maximum, total, torch.empty_like(total)
 
 

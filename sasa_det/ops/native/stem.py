@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls import StemCall
+from ..calls import StemCall, empty_pooled
 from . import library
 
 # Tasks for each image; their partial sums are added up in this order.
@@ -18,10 +18,8 @@ def refuses(call: StemCall) -> str | None:
 
 def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
     image, weights = call.image.float(), _fold(call)
-    n, _, height, width = image.shape
-    channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
-    maximum = image.new_empty(n, channels, -(-height // block_size), -(-width // block_size))
-    sums = image.new_empty(n * _BANDS, 2, channels)
+    maximum = empty_pooled(call).float()
+    sums = image.new_empty(len(image) * _BANDS, 2, maximum.shape[1])
     arguments = _arguments(call, image, weights)
     arguments.maximum = library.Map.of(maximum)
     arguments.sums = sums.data_ptr()
@@ -34,7 +32,7 @@ def backward(
     call: StemCall, grad_maximum: Tensor, grad_total: Tensor, grad_square_total: Tensor
 ) -> list[Tensor]:
     image, weights = call.image.float(), _fold(call)
-    grad_maximum = grad_maximum.float().contiguous()
+    grad_maximum = grad_maximum.float()
     grad_sums = torch.stack([grad_total, grad_square_total]).float()
     parts = image.new_empty(image.shape[0] * _BANDS, sum(x.numel() for x in weights))
     arguments = _arguments(call, image, weights)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls import StemCall
+from ..calls import StemCall, empty_pooled
 from ..eager_stem import Stem
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 
@@ -42,16 +42,14 @@ def refuses(call: StemCall) -> str | None:
 
 
 def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, height, width = call.image.shape
-    channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
-    rows, cols = cdiv(height, block_size), cdiv(width, block_size)
-    maximum = call.image.new_empty(n, channels, rows, cols)
+    pooled = empty_pooled(call)
+    maximum = pooled.contiguous()  # as the kernel writes it; on a GPU it is
     sums = new_partial_sums(call, 2, call.num_heads, constants(call)["PADDED_DIM"])
     with on_device(call.image):
         forward_launch(call, Stem(call), maximum, sums).run()
-    head_dim = channels // call.num_heads
+    head_dim = maximum.shape[1] // call.num_heads
     total, square_total = sums.sum(dim=0)[..., :head_dim].flatten(1)
-    return maximum, total.clone(), square_total.clone()
+    return pooled.copy_(maximum), total.clone(), square_total.clone()
 
 
 def backward(

@@ -20,6 +20,7 @@ typedef struct {
     V *weights;                /* [positions, queries][positions, keys] */
     V *outputs;                /* [positions][head_dim]; in the backward later their gradients */
     V *best, *best_at;         /* [head_dim]: the maximum and its position */
+    V *grad_best;              /* [head_dim] */
     V *sums;                   /* [2][out_channels] */
     V *grad_content;           /* [heads][in_channels][in_channels] */
     V *grad_rel_rows, *grad_rel_cols; /* [heads][2 * block_size - 1][in_channels] */
@@ -40,6 +41,7 @@ static char *lay_out_stem(StemTask *task, char *scratch, bool backward) {
     task->best_at = take(&scratch, c->head_dim, sizeof(V));
     task->sums = take(&scratch, 2 * c->heads * c->head_dim, sizeof(V));
     if (!backward) return scratch;
+    task->grad_best = take(&scratch, c->head_dim, sizeof(V));
     task->grad_content = take(&scratch, c->heads * c->in_channels * c->in_channels, sizeof(V));
     task->grad_rel_rows = take(&scratch, c->heads * offsets * c->in_channels, sizeof(V));
     task->grad_rel_cols = take(&scratch, c->heads * offsets * c->in_channels, sizeof(V));
@@ -249,11 +251,10 @@ static void read_blocks(StemTask *task, int64_t row) {
         read_pixels(task, row, c->in_channels, c->block_size);
 }
 
-/* Copies between a vector of a channel's row of blocks in a map, and memory. */
-INLINE float *blocks_at(const StemTask *task, const Map *map, int64_t channel, int64_t row,
-                        int64_t vector) {
-    return (float *)map->data + task->n * map->stride_n + channel * map->stride_c +
-           row * map->stride_h + vector * LANES * map->stride_w;
+/* Where a map has a vector of a row of blocks, of a head's first channel. */
+INLINE int64_t blocks_start(const StemTask *task, const Map *map, int64_t head, int64_t row,
+                            int64_t vector) {
+    return row_start(map, task->n, head * task->call->head_dim, row) + vector * LANES * map->stride_w;
 }
 
 INLINE int64_t lanes_used(const StemTask *task, int64_t vector) {
@@ -272,9 +273,8 @@ static void stem_forward_task(const void *arguments, int64_t index, char *scratc
             for (int64_t vector = 0; vector < task.vectors; vector++) {
                 stem_attend_any(&task, vector, head);
                 stem_sums_any(&task, vector, head);
-                for (int64_t d = 0; d < head_dim; d++)
-                    memcpy(blocks_at(&task, &call->maximum, head * head_dim + d, row, vector),
-                           task.best + d, lanes_used(&task, vector) * sizeof(float));
+                write_row(&call->maximum, blocks_start(&task, &call->maximum, head, row, vector),
+                          head_dim, lanes_used(&task, vector), (const float *)task.best, LANES);
             }
     }
     for (int64_t i = 0; i < 2 * channels; i++)

@@ -4,18 +4,17 @@
 /* Replaces the outputs of a vector of blocks by their gradients. */
 static void stem_output_gradients(StemTask *task, int64_t row, int64_t vector, int64_t head) {
     const StemCall *c = task->call;
+    read_row(&c->grad_maximum, blocks_start(task, &c->grad_maximum, head, row, vector), c->head_dim,
+             lanes_used(task, vector), (float *)task->grad_best, LANES);
     for (int64_t d = 0; d < c->head_dim; d++) {
         int64_t channel = head * c->head_dim + d;
-        V grad_maximum = {0};
-        memcpy(&grad_maximum, blocks_at(task, &c->grad_maximum, channel, row, vector),
-               lanes_used(task, vector) * sizeof(float));
         float grad_sum = c->grad_sum[channel], grad_square = 2 * c->grad_square_sum[channel];
         for (int64_t p = 0; p < task->positions; p++) {
             V *output = task->outputs + p * c->head_dim + d;
             IntV chosen = task->best_at[d] == splat(p);
             V grad = (grad_sum + grad_square * *output) *
                      task->inside[vector * task->positions + p];
-            *output = grad + (V)((IntV)grad_maximum & chosen);
+            *output = grad + (V)((IntV)task->grad_best[d] & chosen);
         }
     }
 }
