@@ -28,6 +28,7 @@ LARGER = [
     (1, 8, 9, 50, 1, 13),
     (1, 48, 9, 21, 1, 15),
 ]
+EPSILON = torch.finfo(torch.float32).eps
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -182,17 +183,40 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
         assert (a - e).norm() <= BOUNDS[torch.float32] * e.norm()
     assert all(torch.equal(a, b) for a, b in zip(run(tensors), actual))
     with torch.no_grad():
-        torch.library.opcheck(operator.default, (*tensors, heads, size))
+        for affine in ((None, None), torch.randn(2, channels, generator=g)):
+            torch.library.opcheck(operator.default, (*tensors, *affine, heads, size))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_residual_is_added_to_the_bit(layout, backend):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_is_added_and_scaled_costs_no_more_than_its_rounding(layout, gradients, backend):
     (x, *_, rows, cols), options = make_inputs((2, 8, 9, 14, 4, 5), torch.float32)
     weight = torch.randn(24, 8, 1, 1) * 8**-0.5
-    output = projected_attention(x, weight, rows, cols, **options)
-    for residual in (x, torch.randn(x.shape).contiguous(memory_format=layout)):
-        total = projected_attention(x, weight, rows, cols, residual=residual, **options)
-        assert torch.equal(total, output + residual)
+    scale, shift = torch.randn(2, 8)
+    affine = {"output_scale": scale, "output_shift": shift}
+    with torch.set_grad_enabled(gradients):
+        output = projected_attention(x, weight, rows, cols, **options)
+        for residual in (None, x, torch.randn(x.shape).contiguous(memory_format=layout)):
+            added = torch.zeros(()) if residual is None else residual
+            total = projected_attention(x, weight, rows, cols, residual=residual, **options)
+            bound = 2 * EPSILON * (output.abs() + added.abs())
+            assert ((total - (output + added)).abs() <= bound).all()
+            scaled = projected_attention(
+                x, weight, rows, cols, residual=residual, **affine, **options
+            )
+            wanted = total * scale[:, None, None] + shift[:, None, None]
+            bound = bound * scale.abs()[:, None, None] + 2 * EPSILON * (
+                (total * scale[:, None, None]).abs() + shift.abs()[:, None, None]
+            )
+            assert ((scaled - wanted).abs() <= bound).all()
+
+
+def test_a_scale_without_a_shift_is_refused():
+    (x, *_, rows, cols), options = make_inputs((1, 8, 4, 5, 2, 3), torch.float32)
+    with pytest.raises(ValueError, match="output_shift must be given together"):
+        projected_attention(
+            x, torch.randn(24, 8, 1, 1), rows, cols, output_scale=torch.ones(8), **options
+        )
 
 
 def test_a_block_that_is_mapped_anew_is_computed_like_any_other(backend):

@@ -210,10 +210,40 @@ def test_folding_batch_norm_changes_no_prediction(config):
             nn.init.normal_(module.bias, std=0.1)
     model.eval()
     folded = fold_batch_norm(model)
-    norms = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    assert len(norms) == (1 if config == "retinanet_full_attn" else 0)  # the attention stem's
+    norms = {
+        n for n, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)
+    }
+    behind_attention = {
+        n for n, _ in model.named_modules() if n.endswith(("attention_norm", "stem.norm"))
+    }
+    assert norms == (behind_attention if config == "retinanet_full_attn" else set())
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         features, wanted = folded.backbone(images), model.backbone(images)
     for name, feature in features.items():
         assert (feature - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN", "GN"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_bottleneck_without_gradients_computes_what_it_computes_with_them(norm, residual, stride):
+    options = {"bottleneck_channels": 32, "stride": stride, "num_heads": 4, "residual": residual}
+    block = AttentionBottleneckBlock(16, 64, norm=norm, **options).eval()
+    normalization = block.attention_norm
+    with torch.no_grad():
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            if hasattr(normalization, name):
+                getattr(normalization, name).copy_(torch.randn(32).abs() + 0.1)
+        normalization.weight[::2] *= -1
+    x = torch.randn(2, 16, 9, 13)
+    wanted = block(x).detach()
+    calls = []
+    normalization.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        hooked = block(x)
+        normalization._forward_hooks.clear()
+        output = block(x)
+    assert calls
+    torch.testing.assert_close(hooked, wanted)
+    torch.testing.assert_close(output, wanted)

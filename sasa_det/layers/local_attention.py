@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sasa_det.ops import local_attention, local_attention_weights, projected_attention
 from sasa_det.ops.checks import check_heads, check_kernel_size
+from sasa_det.ops.projected import add_and_scale
 
 POSITIONS = ("relative", "absolute", "none")
 EMBEDDING_STD = 0.1
@@ -60,8 +61,17 @@ class LocalSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.add_to(None, x)
 
-    def add_to(self, residual: Tensor | None, x: Tensor) -> Tensor:
-        """residual + self(x), the residual (N, out_channels, H, W), without a pass of its own."""
+    def add_to(
+        self,
+        residual: Tensor | None,
+        x: Tensor,
+        output_scale: Tensor | None = None,
+        output_shift: Tensor | None = None,
+    ) -> Tensor:
+        """residual + self(x), scaled and shifted by channel, without a pass of its own.
+
+        The residual is (N, out_channels, H, W); scale and shift are (out_channels,), if given.
+        """
         x = self._with_position(x)
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
@@ -74,12 +84,14 @@ class LocalSelfAttention2d(nn.Module):
                 *embeddings,
                 bias=bias,
                 residual=residual,
+                output_scale=output_scale,
+                output_shift=output_shift,
                 num_heads=heads,
                 kernel_size=size,
             )
         query, key, value = projection(x).chunk(3, dim=1)
         output = local_attention(query, key, value, *embeddings, num_heads=heads, kernel_size=size)
-        return output if residual is None else output + residual
+        return add_and_scale(output, residual, output_scale, output_shift)
 
     def attention_weights(self, x: Tensor) -> Tensor:
         """What each position attends to: (N, num_heads, kernel_size**2, H, W), summing to one."""
@@ -158,11 +170,12 @@ class PreActivationSelfAttention2d(nn.Module):
             return add_attention(x, self.attention, F.relu_(normed))
 
 
-def add_attention(residual: Tensor, attention: nn.Module, x: Tensor) -> Tensor:
+def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
     """residual + attention(x), whatever stands in the attention's place."""
     if type(attention) is LocalSelfAttention2d and not has_hooks(attention):
         return attention.add_to(residual, x)
-    return residual + attention(x)
+    output = attention(x)
+    return output if residual is None else residual + output
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
 from sasa_det.layers.local_attention import add_attention, has_hooks
 
-from .norm import batch_norm_of_maximum, channel_sign, is_batch_norm
+from .norm import (
+    batch_norm_of_maximum,
+    channel_sign,
+    is_batch_norm,
+    scale_and_shift,
+    uses_running_statistics,
+)
 
 
 class AttentionStem(CNNBlockBase):
@@ -95,8 +101,6 @@ class AttentionBottleneckBlock(CNNBlockBase):
     ) -> None:
         super().__init__(in_channels, out_channels, stride)
         self.residual = residual
-        # What fold_batch_norm leaves of a norm behind the sum: (1, channels, 1, 1).
-        self.register_buffer("residual_scale", None)
         self.shortcut = None
         if in_channels != out_channels or stride != 1:
             self.shortcut = _conv_1x1(in_channels, out_channels, norm, stride=stride)
@@ -118,16 +122,29 @@ class AttentionBottleneckBlock(CNNBlockBase):
 
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
-        if self.residual_scale is not None:
-            out = torch.addcmul(self.attention(x), x, self.residual_scale)
-        elif self.residual:
-            out = add_attention(x, self.attention, x)
-        else:
-            out = self.attention(x)
-        if self.stride > 1:
-            # ceil_mode: the size that the shortcut's strided convolution has.
-            out = F.avg_pool2d(out, kernel_size=2, stride=self.stride, ceil_mode=True)
-        return self.attention_norm(out)
+        residual = x if self.residual else None
+        if self._may_norm_first(x):
+            # Pooling averages, so a scale and a shift are the same before it and behind it.
+            scale, shift = scale_and_shift(self.attention_norm)
+            return self._pool(self.attention.add_to(residual, x, scale, shift))
+        return self.attention_norm(self._pool(add_attention(residual, self.attention, x)))
+
+    def _may_norm_first(self, x: Tensor) -> bool:
+        """Whether the norm can be left to the attention, whose kernel does it while it writes."""
+        norm, attention = self.attention_norm, self.attention
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return False
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False  # a program is to show the norm
+        if not is_batch_norm(norm) or not uses_running_statistics(norm) or has_hooks(norm):
+            return False
+        return type(attention) is LocalSelfAttention2d and not has_hooks(attention)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            return x
+        # ceil_mode: the size that the shortcut's strided convolution has.
+        return F.avg_pool2d(x, kernel_size=2, stride=self.stride, ceil_mode=True)
 
 
 def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:

@@ -33,6 +33,19 @@ def is_batch_norm(norm: nn.Module) -> bool:
     return type(norm) in kinds and norm.running_mean is not None
 
 
+def uses_running_statistics(norm: Any) -> bool:
+    """Whether a batch norm normalises by these now, and not by those of its input."""
+    return isinstance(norm, FrozenBatchNorm2d) or not norm.training
+
+
+def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """(C,) each: what a batch norm multiplies its input by and adds, by its running statistics."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
 def batch_norm_of_maximum(
     norm: Any, maximum: Tensor, total: Tensor, square_total: Tensor, count: int
 ) -> Tensor:
@@ -51,7 +64,7 @@ def batch_norm_of_maximum(
     """
     sign = channel_sign(norm)
     weight = None if norm.weight is None else norm.weight * sign
-    if not norm.training or isinstance(norm, FrozenBatchNorm2d):
+    if uses_running_statistics(norm):
         mean = sign.to(norm.running_mean.dtype) * norm.running_mean
         return F.batch_norm(maximum, mean, norm.running_var, weight, norm.bias, eps=norm.eps)
     moments = torch.cat([total, square_total, total.new_tensor([count])])

@@ -31,6 +31,8 @@ class ProjectedCall(NamedTuple):
     rel_rows: Tensor | None
     rel_cols: Tensor | None
     residual: Tensor | None
+    output_scale: Tensor | None
+    output_shift: Tensor | None
     num_heads: int
     kernel_size: int
 

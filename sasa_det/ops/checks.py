@@ -27,6 +27,9 @@ def check_projected_attention(call: ProjectedCall) -> None:
     )
     if call.residual is not None:
         check_tensor("residual", call.residual, queries.shape, like=call.x)
+    for name in ("output_scale", "output_shift"):
+        if getattr(call, name) is not None:
+            check_tensor(name, getattr(call, name), queries.shape[1:2], like=call.x)
 
 
 def check_heads(channels: int, num_heads: int) -> int:

@@ -28,6 +28,8 @@ def projected_attention(
     kernel_size: int,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    output_shift: Tensor | None = None,
 ) -> Tensor:
     """:func:`local_attention` of queries, keys and values projected from ``x``.
 
@@ -43,19 +45,36 @@ def projected_attention(
         bias (Tensor[3 * C] or None): of the projections; the paper has none.
         residual (Tensor[N, C, H, W] or None): added to the output. The native kernels add it where
             they write, which spares a pass over both.
+        output_scale, output_shift (Tensor[C] or None): what the sum is multiplied by and what is
+            added to it at last, channel by channel: a batch norm in evaluation. Both or neither.
 
     Returns:
         Tensor[N, C, H, W].
     """
+    if (output_scale is None) != (output_shift is None):
+        raise ValueError("output_scale and output_shift must be given together, or both be None.")
     tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
     # Not cast, as a sum under autocast has the wider of two dtypes.
-    arguments: tuple[Any, ...] = (*tensors, residual, num_heads, kernel_size)
+    added = (residual, output_scale, output_shift)
+    arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)
     # A compiler makes its own of a convolution.
     in_one = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    if in_one and find("projected_attention", ProjectedCall(*arguments)) is not None:
-        return _FusedAttention.apply(*arguments)
-    output = _in_two_steps(tensors, num_heads, kernel_size)
-    return output if residual is None else output + residual
+    if not in_one or find("projected_attention", ProjectedCall(*arguments)) is None:
+        return add_and_scale(_in_two_steps(tensors, num_heads, kernel_size), *added)
+    if not torch.is_grad_enabled():
+        return projected_attention_op(*arguments)[0]
+    output = _FusedAttention.apply(*tensors, residual, num_heads, kernel_size)
+    return add_and_scale(output, None, output_scale, output_shift)
+
+
+def add_and_scale(
+    output: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """What becomes of an output (N, C, H, W) where no kernel does it while it writes."""
+    output = output if residual is None else output + residual
+    if scale is None or shift is None:
+        return output
+    return torch.addcmul(shift[:, None, None], output, scale[:, None, None])
 
 
 def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) -> Tensor:
@@ -131,15 +150,17 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        output, logsumexp = projected_attention_op(*arguments)
-        *tensors, _residual, ctx.num_heads, ctx.kernel_size = arguments
+        *tensors, residual, ctx.num_heads, ctx.kernel_size = arguments
+        output, logsumexp = projected_attention_op(
+            *tensors, residual, None, None, ctx.num_heads, ctx.kernel_size
+        )
         ctx.save_for_backward(logsumexp, *tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         logsumexp, *tensors = ctx.saved_tensors
-        arguments: tuple[Any, ...] = (*tensors, None, ctx.num_heads, ctx.kernel_size)
+        arguments: tuple[Any, ...] = (*tensors, None, None, None, ctx.num_heads, ctx.kernel_size)
         if find("projected_attention", ProjectedCall(*arguments)) is not None:
             grad_maps, *grads = projected_attention_backward_op(grad_output, logsumexp, *arguments)
         else:  # the backend or the number of threads was changed since the forward

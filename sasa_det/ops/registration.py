@@ -35,7 +35,7 @@ _ATTENTION = (
 )
 _PROJECTED = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? rel_rows, Tensor? rel_cols, "
-    "Tensor? residual, int num_heads, int kernel_size"
+    "Tensor? residual, Tensor? output_scale, Tensor? output_shift, int num_heads, int kernel_size"
 )
 _STEM = (
     "Tensor image, Tensor query_weight, Tensor key_weight, Tensor value_weights, Tensor mixture, "
@@ -105,7 +105,8 @@ def projected_attention_backward_op(
     grad_output: Tensor, logsumexp: Tensor, *arguments: Any
 ) -> list[Tensor]:
     """As ``local_attention_backward``: gradients of queries, keys and values, which are projected
-    anew, and of the embeddings; not those of x and the weight. The residual is not looked at."""
+    anew, and of the embeddings; not those of x and the weight. Residual, scale and shift are not
+    looked at."""
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
     return choose("projected_attention", call).backward(call, grad_output, logsumexp)
@@ -282,19 +283,17 @@ def _(grad_output, output, logsumexp, *arguments, out_shape=None) -> int:
 
 @register_flop_formula(torch.ops.sasa_det.projected_attention)
 def _(x, weight, *arguments, out_shape=None) -> int:
-    *_, rel_cols, _, _, kernel_size = arguments
-    attention = flops.local_attention_flops(
-        out_shape[0], kernel_size, relative=rel_cols is not None
-    )
+    _bias, rel_rows, *_, kernel_size = arguments
+    relative = rel_rows is not None
+    attention = flops.local_attention_flops(out_shape[0], kernel_size, relative=relative)
     return flops.projection_flops(x, weight) + attention
 
 
 @register_flop_formula(torch.ops.sasa_det.projected_attention_backward)
 def _(grad_output, logsumexp, x, weight, *arguments, out_shape=None) -> int:
-    *_, rel_cols, _, _, kernel_size = arguments
-    attention = flops.local_attention_backward_flops(
-        grad_output, kernel_size, relative=rel_cols is not None
-    )
+    _bias, rel_rows, *_, kernel_size = arguments
+    relative = rel_rows is not None
+    attention = flops.local_attention_backward_flops(grad_output, kernel_size, relative=relative)
     return flops.projection_flops(x, weight) + attention
 
 

@@ -51,6 +51,7 @@ class AttentionArguments(ctypes.Structure):
         ("input", Map),
         *((name, _FLOATS) for name in ("projection", "bias")),
         ("residual", Map),
+        *((name, _FLOATS) for name in ("output_scale", "output_shift")),
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
     )

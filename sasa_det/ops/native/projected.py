@@ -11,7 +11,7 @@ from .attention import attention_arguments, empty_logsumexp, number_of_bands, ru
 def refuses(call: ProjectedCall) -> str | None:
     """What is refused goes to a convolution and ``local_attention``, wrong arguments as well."""
     x, weight, bias = call[:3]
-    for tensor in call[:6]:
+    for tensor in call[:8]:
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
             return "it projects in float32, on one device"
     fits = x.dim() == weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
@@ -32,6 +32,9 @@ def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
     arguments.output = library.Map.of(output)
     if call.residual is not None:
         arguments.residual = library.Map.of(call.residual)
+    if call.output_scale is not None and call.output_shift is not None:
+        scale, shift = call.output_scale.contiguous(), call.output_shift.contiguous()
+        arguments.output_scale, arguments.output_shift = scale.data_ptr(), shift.data_ptr()
     library.run("sasa_det_attention_forward", arguments)
     return output, logsumexp
 

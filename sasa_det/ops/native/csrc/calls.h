@@ -27,6 +27,8 @@ typedef struct {
     Map input;                        /* floats, the channels of a position contiguous */
     const float *projection, *bias;   /* (3, heads, head_dim, in_channels), (3, heads, head_dim) or NULL */
     Map residual;                     /* floats, added to the output; without data there is none */
+    /* (heads, head_dim): output and residual are multiplied by and added to these at last; or NULL. */
+    const float *output_scale, *output_shift;
     /* For the backward: float32 gradients; those of the embeddings as partial sums,
        (batch, bands, 2, heads, kernel_size, head_dim / 2). */
     Map grad_output, grad_query, grad_key, grad_value;

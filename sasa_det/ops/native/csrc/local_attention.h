@@ -299,10 +299,10 @@ INLINE int64_t first_of(const Task *task, int64_t vector) {
     return (task->around.pad + vector * LANES) * task->around.depth;
 }
 
-/* Adds to `result` the sum over the window of weights times the rows that are summed up. */
-static void weighted_sum(Task *task, const V *weights, int64_t vector) {
+/* Adds to `result`, scaled, the sum over the window of weights times the rows that are summed up. */
+static void weighted_sum(Task *task, const V *weights, V scale, int64_t vector) {
     const int64_t depth = task->around.depth, first = task->first;
-    add_weighted(weights + first * task->cols, task->cols, task->summed + first,
+    add_weighted(weights + first * task->cols, scale, task->cols, task->summed + first,
                  task->last + 1 - first, vector * LANES * depth, depth,
                  task->result + first_of(task, vector));
 }
@@ -313,10 +313,8 @@ static void attend(Task *task, int64_t vector) {
     compute_logits(task, vector);
     const V highest = maximum_of(task->logits + begin, end - begin);
     const V total = exponentials(task->logits + begin, end - begin, highest);
-    const V scale = 1.0f / total;
-    for (int64_t i = begin; i < end; i++) task->logits[i] *= scale;
     store(task->logsumexp + vector * LANES, highest + logarithm(total));
-    weighted_sum(task, task->logits, vector);
+    weighted_sum(task, task->logits, 1.0f / total, vector);
 }
 
 INLINE Map logsumexp_map(const AttentionCall *call) {
@@ -337,6 +335,17 @@ static void prefetch(const Task *task, int64_t row, int64_t vector, const Map *t
                      false);
     }
     prefetch_row(s, to_write, n, channel, channels, row, vector, s->vectors, true);
+}
+
+/* Scales and shifts the channels of a row of results. */
+static void scale_and_shift(Task *task) {
+    const AttentionCall *call = task->call;
+    const int64_t channels = call->head_dim, depth = task->around.depth;
+    const float *scale = call->output_scale + task->channel;
+    const float *shift = call->output_shift + task->channel;
+    float *result = task->result + task->around.pad * depth;
+    for (int64_t x = 0; x < task->plain.width; x++, result += depth)
+        for (int64_t c = 0; c < channels; c++) result[c] = result[c] * scale[c] + shift[c];
 }
 
 static void forward_task(const void *arguments, int64_t index, char *scratch) {
@@ -361,6 +370,7 @@ static void forward_task(const void *arguments, int64_t index, char *scratch) {
                              s->vectors, false);
             attend(&task, vector);
         }
+        if (call->output_scale) scale_and_shift(&task);
         write_by_position(&task.around, &call->output, task.n, task.channel, channels, row, task.result);
         write_by_channel(s, &logsumexp, task.n, task.head, 1, row, task.logsumexp);
     }

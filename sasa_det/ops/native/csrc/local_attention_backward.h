@@ -28,7 +28,7 @@ static void query_gradient(Task *task, int64_t vector) {
     const int64_t depth = task->around.depth, at = first_of(task, vector);
     const int64_t row = first * depth, column = (task->radius - task->col_radius) * depth;
     V *const rows = task->row_logits, *const columns = task->col_logits;
-    weighted_sum(task, task->grads, vector);
+    weighted_sum(task, task->grads, splat(1), vector);
     if (!task->call->rel_rows) return;
     for (int64_t o = 0; o < cols; o++) columns[o] = (V){0};
     for (int64_t a = first; a <= task->last; a++) {
@@ -55,7 +55,7 @@ static void add_to_row(Task *task, const float *kept, const float *row, int64_t 
         /* The query that sees a key o columns to its right stands o columns to the key's left. */
         for (int64_t o = 0; o < cols; o++)
             weights[o] = load(kept + (a * cols + cols - 1 - o) * task->kept.floats + at + o);
-        add_weighted(weights, cols, &row, 1, vector * LANES * depth, depth,
+        add_weighted(weights, splat(1), cols, &row, 1, vector * LANES * depth, depth,
                      sums + first_of(task, vector));
     }
 }

@@ -1,10 +1,12 @@
 /* Sums over positions, of rows by position. Included by weighted_sums.h once for each type of vector of
    channels: CHANNELS, of CHANNEL_LANES floats; IN_CHANNELS(name) is a function's name for it. */
 
-/* sums[p] += sum over rows and `count` offsets of weights times rows[p + offset], for some positions p
-   and one or two vectors of channels. Weights are [row][offset], each a vector of positions. */
+/* sums[p] += scale[p] times the sum over rows and `count` offsets of weights times rows[p + offset], for
+   some positions p and one or two vectors of channels. Weights are [row][offset], each a vector of
+   positions. */
 INLINE void IN_CHANNELS(add_weighted_of)(const int count, const int vectors, const float *weights,
-                                         int64_t offsets, const float *const *rows, int64_t row_count,
+                                         const float *scale, int64_t offsets,
+                                         const float *const *rows, int64_t row_count,
                                          int64_t row_start, int64_t depth, float *sums) {
     CHANNELS total[POSITIONS * 2] = {{0}}, value[2];
     for (int64_t row = 0; row < row_count; row++, weights += offsets * LANES) {
@@ -23,7 +25,7 @@ INLINE void IN_CHANNELS(add_weighted_of)(const int count, const int vectors, con
     }
     UNROLL for (int p = 0; p < POSITIONS; p++)
         UNROLL for (int v = 0; v < vectors; v++)
-            *(CHANNELS *)(sums + p * depth + v * CHANNEL_LANES) += total[p * vectors + v];
+            *(CHANNELS *)(sums + p * depth + v * CHANNEL_LANES) += scale[p] * total[p * vectors + v];
 }
 
 /* What a vector of queries gives by the dot products of a vector of its channels with `count`
@@ -51,16 +53,16 @@ INLINE void IN_CHANNELS(embedding_gradients_of)(const int count, const V *logits
 
 /* The two for any number of channels and offsets. */
 
-static void IN_CHANNELS(add_weighted)(const V *weights, int64_t offsets, const float *const *rows,
-                                      int64_t row_count, int64_t row_start, int64_t depth,
-                                      float *sums) {
+static void IN_CHANNELS(add_weighted)(const V *weights, const float *scale, int64_t offsets,
+                                      const float *const *rows, int64_t row_count,
+                                      int64_t row_start, int64_t depth, float *sums) {
     for (int64_t p = 0; p < LANES; p += POSITIONS)
         for (int64_t c = 0; c < depth; c += 2 * CHANNEL_LANES)
             for (int64_t o = 0, count; o < offsets; o += count) {
                 count = chunk_of(offsets - o, MOST_OFFSETS);
 #define ADD(n, vectors)                                                                            \
-    IN_CHANNELS(add_weighted_of)(n, vectors, (const float *)(weights + o) + p, offsets, rows,      \
-                                 row_count, row_start + (p + o) * depth + c, depth,                \
+    IN_CHANNELS(add_weighted_of)(n, vectors, (const float *)(weights + o) + p, scale + p, offsets, \
+                                 rows, row_count, row_start + (p + o) * depth + c, depth,                \
                                  sums + p * depth + c)
                 if (depth - c >= 2 * CHANNEL_LANES) {
 #define BODY(n) ADD(n, 2)

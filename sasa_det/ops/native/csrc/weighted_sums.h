@@ -28,18 +28,19 @@ INLINE int64_t depth_of(int64_t channels) {
     return fills_half(channels) ? 8 : ceil_div(channels, LANES) * LANES;
 }
 
-/* sums[p] += sum over rows and offsets of weights times rows[p + offset], for a vector of positions of
-   `depth` channels. Rows are seen from `row_start` on; weights are [row][offset], each a vector of
-   positions. */
-static void add_weighted(const V *weights, int64_t offsets, const float *const *rows, int64_t row_count,
-                         int64_t row_start, int64_t depth, float *sums) {
+/* sums[p] += scale[p] times the sum over rows and offsets of weights times rows[p + offset], for a vector
+   of positions of `depth` channels. Rows are seen from `row_start` on; weights are [row][offset], each a
+   vector of positions. */
+static void add_weighted(const V *weights, V scale, int64_t offsets, const float *const *rows,
+                         int64_t row_count, int64_t row_start, int64_t depth, float *sums) {
+    const float *const scales = (const float *)&scale;
 #if LANES == 16
     if (fills_half(depth)) {
-        add_weighted_of_halves(weights, offsets, rows, row_count, row_start, depth, sums);
+        add_weighted_of_halves(weights, scales, offsets, rows, row_count, row_start, depth, sums);
         return;
     }
 #endif
-    add_weighted_of_vectors(weights, offsets, rows, row_count, row_start, depth, sums);
+    add_weighted_of_vectors(weights, scales, offsets, rows, row_count, row_start, depth, sums);
 }
 
 /* What a vector of queries gives by the dot products of its channels from `begin` to `end` with
