@@ -124,7 +124,7 @@ TWO_LEVELS = [
     [*((config, True) for config in DETECTORS), ("retinanet_full_attn_fpn", False)],
 )
 def test_backbone_and_head_compile_without_graph_breaks(config, training):
-    # In float32 another order of summation can turn a ReLU or a maximum over, and a gradient with it.
+    # In float32 another order of summation can turn a ReLU over, and a gradient with it.
     model = small(config, *TWO_LEVELS).double().train(training)
 
     def network(images):
