@@ -230,20 +230,23 @@ def test_folding_batch_norm_changes_no_prediction(config):
 def test_a_bottleneck_without_gradients_computes_what_it_computes_with_them(norm, residual, stride):
     options = {"bottleneck_channels": 32, "stride": stride, "num_heads": 4, "residual": residual}
     block = AttentionBottleneckBlock(16, 64, norm=norm, **options).eval()
-    normalization = block.attention_norm
+    norms = [block.conv1.norm, block.attention_norm, block.conv3.norm, block.shortcut.norm]
     with torch.no_grad():
-        for name in ("running_mean", "running_var", "weight", "bias"):
-            if hasattr(normalization, name):
-                getattr(normalization, name).copy_(torch.randn(32).abs() + 0.1)
-        normalization.weight[::2] *= -1
+        for norm in norms:
+            for name in ("running_mean", "running_var", "weight", "bias"):
+                if hasattr(norm, name):
+                    value = getattr(norm, name)
+                    value.copy_(torch.randn(value.shape).abs() + 0.1)
+            norm.weight[::2] *= -1
     x = torch.randn(2, 16, 9, 13)
     wanted = block(x).detach()
-    calls = []
-    normalization.register_forward_hook(lambda *_: calls.append(1))
+    called = []
+    hooks = [norm.register_forward_hook(lambda norm, *_: called.append(norm)) for norm in norms]
     with torch.no_grad():
         hooked = block(x)
-        normalization._forward_hooks.clear()
+        for hook in hooks:
+            hook.remove()
         output = block(x)
-    assert calls
+    assert len(called) == len(norms)
     torch.testing.assert_close(hooked, wanted)
     torch.testing.assert_close(output, wanted)

@@ -1,7 +1,8 @@
 """The stem and the bottleneck of the attention ResNets."""
 
+import math
+
 import fvcore.nn.weight_init as weight_init
-import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from sasa_det.layers.local_attention import add_attention, has_hooks
 from .norm import (
     batch_norm_of_maximum,
     channel_sign,
+    folds,
     is_batch_norm,
     scale_and_shift,
-    uses_running_statistics,
 )
 
 
@@ -123,22 +124,12 @@ class AttentionBottleneckBlock(CNNBlockBase):
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
         residual = x if self.residual else None
-        if self._may_norm_first(x):
+        attention = self.attention
+        plain = type(attention) is LocalSelfAttention2d and not has_hooks(attention)
+        if plain and folds(self.attention_norm, x):
             # Pooling averages, so a scale and a shift are the same before it and behind it.
-            scale, shift = scale_and_shift(self.attention_norm)
-            return self._pool(self.attention.add_to(residual, x, scale, shift))
-        return self.attention_norm(self._pool(add_attention(residual, self.attention, x)))
-
-    def _may_norm_first(self, x: Tensor) -> bool:
-        """Whether the norm can be left to the attention, whose kernel does it while it writes."""
-        norm, attention = self.attention_norm, self.attention
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return False  # a program is to show the norm
-        if not is_batch_norm(norm) or not uses_running_statistics(norm) or has_hooks(norm):
-            return False
-        return type(attention) is LocalSelfAttention2d and not has_hooks(attention)
+            return self._pool(attention.add_to(residual, x, *scale_and_shift(self.attention_norm)))
+        return self.attention_norm(self._pool(add_attention(residual, attention, x)))
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:
@@ -147,8 +138,26 @@ class AttentionBottleneckBlock(CNNBlockBase):
         return F.avg_pool2d(x, kernel_size=2, stride=self.stride, ceil_mode=True)
 
 
+class FoldingConv2d(Conv2d):
+    """detectron2's convolution; in evaluation on the CPU its batch norm costs no pass of its own.
+
+    Without gradients the norm is folded into the weights in each forward, where these are fewer
+    than what the norm would pass over.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)
+        fewer = self.weight[0].numel() < positions
+        plain = self.bias is None and self.activation is None
+        if not (fewer and plain and x.device.type == "cpu" and folds(self.norm, x)):
+            return super().forward(x)
+        scale, shift = scale_and_shift(self.norm)
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+
 def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:
-    conv = Conv2d(
+    conv = FoldingConv2d(
         in_channels,
         out_channels,
         kernel_size=1,

@@ -9,6 +9,8 @@ from detectron2.utils.comm import get_world_size
 from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_reduce
 from torch import Tensor, nn
 
+from sasa_det.layers.local_attention import has_hooks
+
 
 def attention_norm(norm: str, channels: int) -> nn.Module:
     """detectron2's norm of this name; GN where the name is empty.
@@ -36,6 +38,18 @@ def is_batch_norm(norm: nn.Module) -> bool:
 def uses_running_statistics(norm: Any) -> bool:
     """Whether a batch norm normalises by these now, and not by those of its input."""
     return isinstance(norm, FrozenBatchNorm2d) or not norm.training
+
+
+def folds(norm: Any, x: Tensor) -> bool:
+    """Whether what computes the input of a norm from ``x`` can scale and shift it instead.
+
+    Without gradients only, and not in a program, which is to show the norm.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return is_batch_norm(norm) and uses_running_statistics(norm) and not has_hooks(norm)
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
