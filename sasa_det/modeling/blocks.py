@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
 from sasa_det.layers.local_attention import add_attention, has_hooks
+from sasa_det.ops import residual_projection
 
 from .norm import (
     batch_norm_of_maximum,
     channel_sign,
     folds,
     is_batch_norm,
+    runs_eagerly,
     scale_and_shift,
 )
 
@@ -117,9 +119,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         out = self.attend(out)
         # What the attention returned may be what it keeps for its backward; a sum is not.
         out = F.relu_(out) if self.residual else F.relu(out)
-        out = self.conv3(out)
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
+        return self.conv3.add_to(x if self.shortcut is None else self.shortcut(x), out)
 
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
@@ -138,26 +138,41 @@ class AttentionBottleneckBlock(CNNBlockBase):
         return F.avg_pool2d(x, kernel_size=2, stride=self.stride, ceil_mode=True)
 
 
-class FoldingConv2d(Conv2d):
-    """detectron2's convolution; in evaluation on the CPU its batch norm costs no pass of its own.
+class PointwiseConv2d(Conv2d):
+    """detectron2's convolution, 1x1; in evaluation on the CPU its batch norm costs no pass.
 
     Without gradients the norm is folded into the weights in each forward, where these are fewer
     than what the norm would pass over.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        folded = self._folded(x)
+        return super().forward(x) if folded is None else F.conv2d(x, *folded, self.stride)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """relu(residual + self(x))"""
+        folded = None if has_hooks(self) else self._folded(x)
+        if folded is not None:
+            return residual_projection(residual, x, *folded)
+        out = self(x)
+        out += residual
+        return F.relu_(out)
+
+    def _folded(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias with the norm in them, where that is quicker than the norm."""
+        if x.device.type != "cpu" or not runs_eagerly(x):
+            return None
+        if self.norm is None:  # fold_batch_norm's work
+            return self.weight, self.bias
         positions = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)
-        fewer = self.weight[0].numel() < positions
-        plain = self.bias is None and self.activation is None
-        if not (fewer and plain and x.device.type == "cpu" and folds(self.norm, x)):
-            return super().forward(x)
+        if self.in_channels >= positions or not folds(self.norm, x):
+            return None
         scale, shift = scale_and_shift(self.norm)
-        weight = self.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        return self.weight * scale[:, None, None, None], shift
 
 
-def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> Conv2d:
-    conv = FoldingConv2d(
+def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> PointwiseConv2d:
+    conv = PointwiseConv2d(
         in_channels,
         out_channels,
         kernel_size=1,

@@ -40,16 +40,17 @@ def uses_running_statistics(norm: Any) -> bool:
     return isinstance(norm, FrozenBatchNorm2d) or not norm.training
 
 
-def folds(norm: Any, x: Tensor) -> bool:
-    """Whether what computes the input of a norm from ``x`` can scale and shift it instead.
-
-    Without gradients only, and not in a program, which is to show the norm.
-    """
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether it is computed without gradients and autocast, and not to become a program."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
-    return is_batch_norm(norm) and uses_running_statistics(norm) and not has_hooks(norm)
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
+def folds(norm: Any, x: Tensor) -> bool:
+    """Whether what computes the input of a norm from ``x`` can scale and shift it instead."""
+    usable = is_batch_norm(norm) and uses_running_statistics(norm) and not has_hooks(norm)
+    return usable and runs_eagerly(x)
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,14 @@ from .functional import (
     stem_attention_weights,
 )
 from .projected import projected_attention
+from .residual import residual_projection
 
 __all__ = [
     "available_backends",
     "local_attention",
     "local_attention_weights",
     "projected_attention",
+    "residual_projection",
     "stem_attention",
     "stem_attention_pooled",
     "stem_attention_weights",

@@ -7,15 +7,18 @@ the environment variable ``SASA_DET_BACKEND`` name one that must serve every cal
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from . import eager, eager_pooled_stem, eager_stem, native, triton
-from .calls import AttentionCall, ProjectedCall, StemCall
+from .calls import AttentionCall, ProjectedCall, ResidualCall, StemCall
 from .native import attention as native_attention
 from .native import projected as native_projected
+from .native import residual as native_residual
 from .native import stem as native_stem
 from .triton import attention as triton_attention
 from .triton import stem as triton_stem
+
+Call = AttentionCall | ProjectedCall | ResidualCall | StemCall
 
 
 class Implementation(Protocol):
@@ -32,10 +35,11 @@ class Implementation(Protocol):
 
 
 # Fastest first; eager serves every call. Where nothing serves projected_attention, it is a
-# convolution and local_attention.
+# convolution and local_attention; residual_projection is a convolution and a sum.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "projected_attention": {"native": native_projected},
+    "residual_projection": {"native": cast(Implementation, native_residual)},  # has no backward
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {
         "triton": triton_stem,
@@ -83,7 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def find(operator: str, call: AttentionCall | ProjectedCall | StemCall) -> Implementation | None:
+def find(operator: str, call: Call) -> Implementation | None:
     """The implementation that serves this call of this operator, if there is one."""
     for name, implementation in _IMPLEMENTATIONS[operator].items():
         if _forced in (None, name) and implementation.refuses(call) is None:
@@ -91,7 +95,7 @@ def find(operator: str, call: AttentionCall | ProjectedCall | StemCall) -> Imple
     return None
 
 
-def choose(operator: str, call: AttentionCall | ProjectedCall | StemCall) -> Implementation:
+def choose(operator: str, call: Call) -> Implementation:
     """The implementation that serves this call of this operator.
 
     Raises:

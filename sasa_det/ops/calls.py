@@ -37,6 +37,15 @@ class ProjectedCall(NamedTuple):
     kernel_size: int
 
 
+class ResidualCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.residual_projection`."""
+
+    residual: Tensor
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class StemCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.stem_attention`."""
 

@@ -20,6 +20,7 @@ from .backends import choose
 from .calls import (
     AttentionCall,
     ProjectedCall,
+    ResidualCall,
     StemCall,
     compute_dtype,
     empty_gradient,
@@ -48,7 +49,10 @@ def _without_autocast(operator: Callable) -> Callable:
 
     @wraps(operator)
     def call(*arguments: Any) -> Any:
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return operator(*arguments)
+        with torch.autocast(device, enabled=False):
             return operator(*arguments)
 
     return call
@@ -110,6 +114,17 @@ def projected_attention_backward_op(
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
     return choose("projected_attention", call).backward(call, grad_output, logsumexp)
+
+
+@custom_op(
+    "sasa_det::residual_projection",
+    mutates_args=(),
+    schema="(Tensor residual, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+)
+def residual_projection_op(*arguments: Any) -> Tensor:
+    """Without a gradient; see :func:`sasa_det.ops.residual_projection`."""
+    call = ResidualCall(*arguments)
+    return choose("residual_projection", call).forward(call)
 
 
 @custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
@@ -186,6 +201,11 @@ def _(*arguments):
 def _(grad_output, logsumexp, *arguments):
     call = ProjectedCall(*arguments)
     return [empty_map(call.x, call.weight.shape[0]), *_contiguous_gradients(call[3:5])]
+
+
+@residual_projection_op.register_fake
+def _(residual, x, weight, bias):
+    return torch.empty_like(residual)
 
 
 @stem_attention_op.register_fake
@@ -295,6 +315,11 @@ def _(grad_output, logsumexp, x, weight, *arguments, out_shape=None) -> int:
     relative = rel_rows is not None
     attention = flops.local_attention_backward_flops(grad_output, kernel_size, relative=relative)
     return flops.projection_flops(x, weight) + attention
+
+
+@register_flop_formula(torch.ops.sasa_det.residual_projection)
+def _(residual, x, weight, bias, out_shape=None) -> int:
+    return flops.projection_flops(x, weight)
 
 
 def _stem_flops(*arguments, out_shape=None) -> int:

@@ -71,6 +71,23 @@ class StemArguments(ctypes.Structure):
     )
 
 
+class ResidualArguments(ctypes.Structure):
+    """ResidualCall of calls.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("positions", "in_channels", "out_channels", "bands")),
+        *((name, _FLOATS) for name in ("input", "residual", "weight", "bias", "output")),
+    )
+
+
+# By the name of the call in calls.h.
+_STRUCTURES = {
+    "attention": AttentionArguments,
+    "stem": StemArguments,
+    "residual": ResidualArguments,
+}
+
+
 @cache
 def load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
@@ -96,14 +113,15 @@ def load() -> ctypes.CDLL | str:
 
 def _fits(library: ctypes.CDLL) -> bool:
     """Whether the structures above are those that it was compiled with."""
-    numbers = ("instruction_set", "size_of_attention_call", "size_of_stem_call")
-    for name in (*numbers, "map_pages"):
-        if not hasattr(library, f"sasa_det_{name}"):
+    sizes = {name: f"sasa_det_size_of_{name}_call" for name in _STRUCTURES}
+    for function in ("sasa_det_instruction_set", "sasa_det_map_pages", *sizes.values()):
+        if not hasattr(library, function):
             return False
-    for name in numbers:
-        getattr(library, f"sasa_det_{name}").restype = ctypes.c_int64
-    sizes = (library.sasa_det_size_of_attention_call(), library.sasa_det_size_of_stem_call())
-    return sizes == (ctypes.sizeof(AttentionArguments), ctypes.sizeof(StemArguments))
+        getattr(library, function).restype = ctypes.c_int64
+    return all(
+        getattr(library, sizes[name])() == ctypes.sizeof(structure)
+        for name, structure in _STRUCTURES.items()
+    )
 
 
 def unavailable() -> str | None:

@@ -51,6 +51,16 @@ typedef struct {
     float *grad_weights;
 } StemCall;
 
+/* output = relu(residual + weight . input + bias), position by position. All floats; the channels of a
+   position are contiguous, and so are the positions. */
+typedef struct {
+    int64_t positions, in_channels, out_channels;
+    int64_t bands;                    /* of positions: tasks for each group of output channels */
+    const float *input, *residual;    /* (positions, in_channels), (positions, out_channels) */
+    const float *weight, *bias;       /* (out_channels, in_channels), (out_channels) or NULL */
+    float *output;                    /* (positions, out_channels) */
+} ResidualCall;
+
 /* The kernels for one instruction set. A task gets scratch memory of its own, aligned to 64 bytes. */
 typedef struct {
     int64_t (*scratch_bytes)(const AttentionCall *call, bool backward);
@@ -59,6 +69,9 @@ typedef struct {
     int64_t (*stem_scratch_bytes)(const StemCall *call, bool backward);
     void (*stem_forward_task)(const void *call, int64_t index, char *scratch);
     void (*stem_backward_task)(const void *call, int64_t index, char *scratch);
+    int64_t (*residual_groups)(const ResidualCall *call);
+    int64_t (*residual_scratch_bytes)(const ResidualCall *call);
+    void (*residual_task)(const void *call, int64_t index, char *scratch);
 } Kernels;
 
 extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;

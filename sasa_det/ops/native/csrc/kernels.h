@@ -23,6 +23,7 @@
 #include "projection.h"
 #include "local_attention.h"
 #include "local_attention_backward.h"
+#include "residual.h"
 #include "stem.h"
 #include "stem_backward.h"
 
@@ -32,4 +33,5 @@
 const Kernels JOIN(kernels, ISA) = {
     scratch_bytes,      forward_task,      backward_task,
     stem_scratch_bytes, stem_forward_task, stem_backward_task,
+    residual_groups,    residual_scratch_bytes, residual_task,
 };

@@ -27,6 +27,7 @@ EXPORT int64_t sasa_det_instruction_set(void) {
 /* By which Python knows that it has the library that it was written for. */
 EXPORT int64_t sasa_det_size_of_attention_call(void) { return sizeof(AttentionCall); }
 EXPORT int64_t sasa_det_size_of_stem_call(void) { return sizeof(StemCall); }
+EXPORT int64_t sasa_det_size_of_residual_call(void) { return sizeof(ResidualCall); }
 
 /* Has the system map `bytes` that nobody has written to yet, each thread a share of its own. Left to the
    kernels, threads that write to the same page at the same time have it mapped twice. */
@@ -114,4 +115,16 @@ EXPORT int64_t sasa_det_stem_backward(const StemCall *call, int64_t instruction_
     const Kernels *kernels = kernels_for(instruction_set);
     return run(kernels->stem_backward_task, call, call->batch * call->bands,
                kernels->stem_scratch_bytes(call, true), threads);
+}
+
+EXPORT int64_t sasa_det_residual(const ResidualCall *given, int64_t instruction_set,
+                                 int64_t threads) {
+    const Kernels *kernels = kernels_for(instruction_set);
+    ResidualCall call = *given;
+    const int64_t groups = kernels->residual_groups(&call), most = (call.positions + 255) / 256;
+    /* Some tasks a thread, but none so short that packing its weights would count. */
+    call.bands = (4 * threads + groups - 1) / groups;
+    if (call.bands > most) call.bands = most;
+    return run(kernels->residual_task, &call, groups * call.bands,
+               kernels->residual_scratch_bytes(&call), threads);
 }

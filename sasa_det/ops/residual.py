@@ -1,0 +1,37 @@
+"""How a bottleneck ends: a projection, a residual and ReLU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import find
+from .calls import ResidualCall
+from .registration import residual_projection_op
+
+
+def residual_projection(
+    residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """relu(residual + conv2d(x, weight, bias)) of a 1x1 convolution.
+
+    Without gradients the native kernels add and rectify where they write the product, in float32
+    and channels_last: the sum needs no map, and no pass, of its own.
+
+    Args:
+        residual (Tensor[N, C, H, W]): stays as it is.
+        x (Tensor[N, C_in, H, W]): what is projected.
+        weight (Tensor[C, C_in, 1, 1]), bias (Tensor[C] or None): of the projection.
+
+    Returns:
+        Tensor[N, C, H, W].
+    """
+    call = ResidualCall(residual, x, weight, bias)
+    plain = not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    )
+    if plain and find("residual_projection", call) is not None:
+        return residual_projection_op(*call)
+    return F.relu(residual + F.conv2d(x, weight, bias))

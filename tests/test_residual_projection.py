@@ -1,0 +1,89 @@
+"""relu(residual + projection), where a bottleneck ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sasa_det.ops import available_backends, residual_projection, use_backend
+
+EPSILON = torch.finfo(torch.float32).eps
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+native = pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+
+
+def make_inputs(shape, out_channels, *, bias=True, layout=torch.channels_last):
+    n, in_channels, height, width = shape
+    x, residual = torch.randn(shape), torch.randn(n, out_channels, height, width)
+    x, residual = (t.contiguous(memory_format=layout) for t in (x, residual))
+    weight = torch.randn(out_channels, in_channels, 1, 1)
+    return residual, x, weight, torch.randn(out_channels) if bias else None
+
+
+# Widths that fill vectors and panels and such that do not, one and several groups of channels.
+@pytest.mark.parametrize(
+    ("shape", "out_channels"),
+    [
+        ((2, 64, 9, 13), 256),
+        ((1, 3, 1, 1), 1),
+        ((1, 17, 5, 7), 50),
+        ((1, 300, 3, 90), 1000),
+        ((1, 2048, 2, 3), 49),
+        ((0, 8, 4, 4), 16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_it_is_the_formula(shape, out_channels, bias, layout):
+    inputs = make_inputs(shape, out_channels, bias=bias, layout=layout)
+    residual, x, weight, offset = (None if t is None else t.double() for t in inputs)
+    before = [None if t is None else t.clone() for t in inputs]
+    with torch.no_grad():
+        output = residual_projection(*inputs)
+    wanted = F.relu(residual + F.conv2d(x, weight, offset))
+    # Each of the terms of a sum is rounded, and so is each sum on the way.
+    terms = residual.abs() + F.conv2d(
+        x.abs(), weight.abs(), offset if offset is None else offset.abs()
+    )
+    assert ((output - wanted).abs() <= shape[1] ** 0.5 * 4 * EPSILON * terms).all()
+    assert output.is_contiguous(memory_format=layout)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@native
+def test_the_native_kernel_serves_channels_last_and_refuses_what_it_cannot():
+    operator = torch.ops.sasa_det.residual_projection
+    inputs = make_inputs((1, 8, 5, 6), 24)
+    with torch.no_grad():
+        torch.library.opcheck(operator.default, inputs)
+        first = operator(*inputs)
+        assert torch.equal(first, operator(*inputs))
+        with pytest.raises(RuntimeError, match="adds to maps in channels_last"):
+            operator(inputs[0].contiguous(), *inputs[1:])
+        with pytest.raises(RuntimeError, match="in float32"):
+            operator(*(t.double() for t in inputs))
+        with pytest.raises(RuntimeError, match="shapes of the tensors do not fit"):
+            operator(inputs[0], inputs[1][:, :4], *inputs[2:])
+
+
+@native
+def test_what_is_not_a_number_stays_so_and_infinities_are_kept():
+    residual, x, weight, bias = make_inputs((1, 8, 4, 4), 19)
+    residual[0, 0, 0, 0], residual[0, 18, 1, 1] = float("nan"), float("nan")
+    residual[0, 1, 0, 0], residual[0, 18, 2, 2] = float("inf"), -float("inf")
+    with torch.no_grad():
+        output = residual_projection(residual, x, weight, bias)
+    assert output.isnan().sum() == 2
+    assert output[0, 1, 0, 0] == float("inf")
+    assert output[0, 18, 2, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gradients_and_other_dtypes_take_the_formulas_own_way(dtype):
+    inputs = [t.to(dtype).requires_grad_() for t in make_inputs((2, 6, 5, 4), 10)]
+    output = residual_projection(*inputs)
+    wanted = F.relu(inputs[0] + F.conv2d(*inputs[1:]))
+    assert torch.equal(output, wanted)
+    assert all(g is not None for g in torch.autograd.grad(output.sum(), inputs))
+    with torch.no_grad(), use_backend("eager"):
+        assert torch.equal(residual_projection(*inputs), wanted)
