@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sasa_det.ops import available_backends, residual_projection, use_backend
+from sasa_det.ops.native import library
 
 EPSILON = torch.finfo(torch.float32).eps
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -19,35 +20,49 @@ def make_inputs(shape, out_channels, *, bias=True, layout=torch.channels_last):
     return residual, x, weight, torch.randn(out_channels) if bias else None
 
 
-# Widths that fill vectors and panels and such that do not, one and several groups of channels.
-@pytest.mark.parametrize(
-    ("shape", "out_channels"),
-    [
-        ((2, 64, 9, 13), 256),
-        ((1, 3, 1, 1), 1),
-        ((1, 17, 5, 7), 50),
-        ((1, 300, 3, 90), 1000),
-        ((1, 2048, 2, 3), 49),
-        ((0, 8, 4, 4), 16),
-    ],
-    ids=str,
-)
+# Channels that fill vectors and panels and such that do not, in one group and in several.
+SHAPES = [
+    ((2, 64, 9, 13), 256),
+    ((1, 3, 1, 1), 1),
+    ((1, 17, 5, 7), 50),
+    ((1, 300, 3, 90), 1000),
+    ((1, 2048, 2, 3), 49),
+    ((0, 8, 4, 4), 16),
+]
+
+
+@native
+@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
+def test_every_instruction_set_computes_the_formula(name, monkeypatch):
+    level = library.INSTRUCTION_SETS.index(name)
+    if level > library.instruction_set():
+        pytest.skip(f"this machine cannot run {name}")
+    monkeypatch.setattr(library, "instruction_set", lambda: level)
+    with use_backend("native"):
+        for shape, out_channels in SHAPES:
+            assert_it_is_the_formula(make_inputs(shape, out_channels))
+
+
+@pytest.mark.parametrize(("shape", "out_channels"), SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_it_is_the_formula(shape, out_channels, bias, layout):
     inputs = make_inputs(shape, out_channels, bias=bias, layout=layout)
-    residual, x, weight, offset = (None if t is None else t.double() for t in inputs)
     before = [None if t is None else t.clone() for t in inputs]
-    with torch.no_grad():
-        output = residual_projection(*inputs)
-    wanted = F.relu(residual + F.conv2d(x, weight, offset))
-    # Each of the terms of a sum is rounded, and so is each sum on the way.
-    terms = residual.abs() + F.conv2d(
-        x.abs(), weight.abs(), offset if offset is None else offset.abs()
-    )
-    assert ((output - wanted).abs() <= shape[1] ** 0.5 * 4 * EPSILON * terms).all()
+    output = assert_it_is_the_formula(inputs)
     assert output.is_contiguous(memory_format=layout)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+def assert_it_is_the_formula(inputs):
+    residual, x, weight, bias = (None if t is None else t.double() for t in inputs)
+    with torch.no_grad():
+        output = residual_projection(*inputs)
+    wanted = F.relu(residual + F.conv2d(x, weight, bias))
+    # Each of the terms of a sum is rounded, and so is each sum on the way.
+    terms = F.conv2d(x.abs(), weight.abs(), bias if bias is None else bias.abs()) + residual.abs()
+    assert ((output - wanted).abs() <= 4 * EPSILON * x.shape[1] ** 0.5 * terms).all()
+    return output
 
 
 @native

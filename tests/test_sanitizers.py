@@ -57,8 +57,9 @@ def run(sanitized, *arguments):
 
 
 def test_drawn_calls_stay_within_their_buffers(sanitized):
-    tests = [str(ROOT / "tests" / name) for name in ("test_fuzz.py", "test_backends.py")]
-    options = ["-q", "-p", "no:cacheprovider", "-k", "native or fused"]
+    names = ("test_fuzz.py", "test_backends.py", "test_residual_projection.py")
+    tests = [str(ROOT / "tests" / name) for name in names]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "native or fused or residual_projection"]
     done = run(sanitized, "-m", "pytest", *tests, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
