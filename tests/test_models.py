@@ -224,13 +224,12 @@ def test_folding_batch_norm_changes_no_prediction(config):
         assert (feature - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN", "GN"])
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_a_bottleneck_without_gradients_computes_what_it_computes_with_them(norm, residual, stride):
-    options = {"bottleneck_channels": 32, "stride": stride, "num_heads": 4, "residual": residual}
-    block = AttentionBottleneckBlock(16, 64, norm=norm, **options).eval()
-    norms = [block.conv1.norm, block.attention_norm, block.conv3.norm, block.shortcut.norm]
+def draw_norms(block):
+    """Norms of a block, with parameters and statistics of which none is what it starts with."""
+    norms = [
+        layer.norm for layer in (block.conv1, block.conv3, block.shortcut) if layer is not None
+    ]
+    norms.append(block.attention_norm)
     with torch.no_grad():
         for norm in norms:
             for name in ("running_mean", "running_var", "weight", "bias"):
@@ -238,15 +237,71 @@ def test_a_bottleneck_without_gradients_computes_what_it_computes_with_them(norm
                     value = getattr(norm, name)
                     value.copy_(torch.randn(value.shape).abs() + 0.1)
             norm.weight[::2] *= -1
-    x = torch.randn(2, 16, 9, 13)
+    return norms
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN", "GN"])
+@pytest.mark.parametrize(
+    ("in_channels", "stride", "residual"), [(16, 1, True), (16, 2, False), (64, 1, True)]
+)
+def test_a_bottleneck_without_gradients_computes_what_it_computes_with_them(
+    in_channels, stride, residual, norm, layout, monkeypatch
+):
+    block = AttentionBottleneckBlock(
+        in_channels,
+        64,
+        bottleneck_channels=32,
+        stride=stride,
+        norm=norm,
+        num_heads=4,
+        residual=residual,
+    ).eval()
+    norms = draw_norms(block)
+    x = torch.randn(2, in_channels, 9, 13).contiguous(memory_format=layout)
+    before = x.clone()
     wanted = block(x).detach()
     called = []
     hooks = [norm.register_forward_hook(lambda norm, *_: called.append(norm)) for norm in norms]
     with torch.no_grad():
         hooked = block(x)
+        assert len(called) == len(norms)
         for hook in hooks:
             hook.remove()
+        if norm != "GN":  # batch norms need not even be called
+            for normalization in norms:
+                monkeypatch.setattr(type(normalization), "forward", None)
         output = block(x)
-    assert len(called) == len(norms)
-    torch.testing.assert_close(hooked, wanted)
-    torch.testing.assert_close(output, wanted)
+    for actual in (hooked, output):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(x, before)
+
+
+def test_a_bottleneck_in_training_normalises_by_its_input_also_without_gradients():
+    block = AttentionBottleneckBlock(16, 64, bottleneck_channels=32, num_heads=4)
+    norms = draw_norms(block)
+    x = torch.randn(2, 16, 9, 13)
+    wanted = block(x).detach()
+    means = [norm.running_mean.clone() for norm in norms]
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), wanted)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, means))
+
+
+def test_a_bottleneck_in_half_precision_keeps_norms_in_float32():
+    block = AttentionBottleneckBlock(16, 64, bottleneck_channels=32, num_heads=4).eval()
+    block.attention.bfloat16()
+    for layer in (block.conv1, block.conv3, block.shortcut):
+        layer.weight.data = layer.weight.data.bfloat16()
+    x = torch.randn(2, 16, 9, 13, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert block(x).dtype == torch.bfloat16
+
+
+def test_the_last_convolution_of_a_bottleneck_may_be_replaced():
+    block = AttentionBottleneckBlock(16, 64, bottleneck_channels=32, num_heads=4).eval()
+    x = torch.randn(1, 16, 9, 13)
+    with torch.no_grad():
+        wanted = block(x)
+        block.conv3 = nn.Sequential(block.conv3)
+        torch.testing.assert_close(block(x), wanted)

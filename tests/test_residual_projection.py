@@ -79,6 +79,8 @@ def test_the_native_kernel_serves_channels_last_and_refuses_what_it_cannot():
             operator(*(t.double() for t in inputs))
         with pytest.raises(RuntimeError, match="shapes of the tensors do not fit"):
             operator(inputs[0], inputs[1][:, :4], *inputs[2:])
+        with pytest.raises(RuntimeError, match="shapes of the tensors do not fit"):
+            operator(inputs[0], inputs[1][:, :0], inputs[2][:, :0], None)
 
 
 @native

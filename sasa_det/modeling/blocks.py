@@ -16,7 +16,6 @@ from .norm import (
     channel_sign,
     folds,
     is_batch_norm,
-    runs_eagerly,
     scale_and_shift,
 )
 
@@ -119,7 +118,12 @@ class AttentionBottleneckBlock(CNNBlockBase):
         out = self.attend(out)
         # What the attention returned may be what it keeps for its backward; a sum is not.
         out = F.relu_(out) if self.residual else F.relu(out)
-        return self.conv3.add_to(x if self.shortcut is None else self.shortcut(x), out)
+        residual = x if self.shortcut is None else self.shortcut(x)
+        if type(self.conv3) is PointwiseConv2d and not has_hooks(self.conv3):
+            return self.conv3.add_to(residual, out)
+        out = self.conv3(out)
+        out += residual
+        return F.relu_(out)
 
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
@@ -141,8 +145,8 @@ class AttentionBottleneckBlock(CNNBlockBase):
 class PointwiseConv2d(Conv2d):
     """detectron2's convolution, 1x1; in evaluation on the CPU its batch norm costs no pass.
 
-    Without gradients the norm is folded into the weights in each forward, where these are fewer
-    than what the norm would pass over.
+    Without gradients the norm is folded into the weights in each forward (see :func:`folds`), where
+    these are fewer than what the norm would pass over.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class PointwiseConv2d(Conv2d):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """relu(residual + self(x))"""
-        folded = None if has_hooks(self) else self._folded(x)
+        folded = self._folded(x)
         if folded is not None:
             return residual_projection(residual, x, *folded)
         out = self(x)
@@ -160,9 +164,7 @@ class PointwiseConv2d(Conv2d):
 
     def _folded(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias with the norm in them, where that is quicker than the norm."""
-        if x.device.type != "cpu" or not runs_eagerly(x):
-            return None
-        if self.norm is None:  # fold_batch_norm's work
+        if self.norm is None:  # nothing to fold, or fold_batch_norm has been there
             return self.weight, self.bias
         positions = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)
         if self.in_channels >= positions or not folds(self.norm, x):

@@ -17,7 +17,7 @@ def fold_batch_norm(model: Model) -> Model:
     """A copy for inference, its batch norms folded into the weights before them.
 
     That is detectron2's convolutions with their norm, in any of its models. The norms behind
-    attention, in the stem and in bottlenecks, stay: in evaluation they cost no pass of their own.
+    attention, in the stem and in bottlenecks, stay: the native kernels apply them as they write.
 
     Args:
         model (nn.Module): stays as it is.

@@ -10,6 +10,7 @@ from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_
 from torch import Tensor, nn
 
 from sasa_det.layers.local_attention import has_hooks
+from sasa_det.ops.functional import runs_eagerly
 
 
 def attention_norm(norm: str, channels: int) -> nn.Module:
@@ -40,17 +41,16 @@ def uses_running_statistics(norm: Any) -> bool:
     return isinstance(norm, FrozenBatchNorm2d) or not norm.training
 
 
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether it is computed without gradients and autocast, and not to become a program."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
-    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-
-
 def folds(norm: Any, x: Tensor) -> bool:
-    """Whether what computes the input of a norm from ``x`` can scale and shift it instead."""
-    usable = is_batch_norm(norm) and uses_running_statistics(norm) and not has_hooks(norm)
-    return usable and runs_eagerly(x)
+    """Whether what computes the input of a norm from ``x`` is to scale and shift it instead.
+
+    That is in evaluation on the CPU, in float32, without gradients; and not in a program, which
+    shows the norm.
+    """
+    if not is_batch_norm(norm) or not uses_running_statistics(norm) or has_hooks(norm):
+        return False
+    fits = x.device.type == "cpu" and x.dtype == norm.running_var.dtype == torch.float32
+    return fits and runs_eagerly(x)
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

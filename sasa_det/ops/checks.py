@@ -27,9 +27,15 @@ def check_projected_attention(call: ProjectedCall) -> None:
     )
     if call.residual is not None:
         check_tensor("residual", call.residual, queries.shape, like=call.x)
+    check_scale_and_shift(call.output_scale, call.output_shift)
     for name in ("output_scale", "output_shift"):
         if getattr(call, name) is not None:
             check_tensor(name, getattr(call, name), queries.shape[1:2], like=call.x)
+
+
+def check_scale_and_shift(scale: Tensor | None, shift: Tensor | None) -> None:
+    if (scale is None) != (shift is None):
+        raise ValueError("output_scale and output_shift must be given together, or both be None.")
 
 
 def check_heads(channels: int, num_heads: int) -> int:

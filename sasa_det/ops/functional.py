@@ -224,6 +224,15 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     return call
 
 
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether what is made of ``x`` needs no gradient, no autocast, and is not to be a program."""
+    device_type = x.device.type
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    available = torch.amp.is_autocast_available(device_type)
+    return not (available and torch.is_autocast_enabled(device_type))
+
+
 def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
     device_type = first.device.type

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
+from .checks import check_scale_and_shift
 from .functional import cast_for_autocast, local_attention
 from .registration import (
     local_attention_backward_op,
@@ -51,8 +52,6 @@ def projected_attention(
     Returns:
         Tensor[N, C, H, W].
     """
-    if (output_scale is None) != (output_shift is None):
-        raise ValueError("output_scale and output_shift must be given together, or both be None.")
     tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
     # Not cast, as a sum under autocast has the wider of two dtypes.
     added = (residual, output_scale, output_shift)
@@ -71,6 +70,7 @@ def add_and_scale(
     output: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """What becomes of an output (N, C, H, W) where no kernel does it while it writes."""
+    check_scale_and_shift(scale, shift)
     output = output if residual is None else output + residual
     if scale is None or shift is None:
         return output

@@ -1,11 +1,11 @@
 """How a bottleneck ends: a projection, a residual and ReLU."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import find
 from .calls import ResidualCall
+from .functional import runs_eagerly
 from .registration import residual_projection_op
 
 
@@ -26,12 +26,8 @@ def residual_projection(
         Tensor[N, C, H, W].
     """
     call = ResidualCall(residual, x, weight, bias)
-    plain = not (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled(x.device.type)
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-    )
-    if plain and find("residual_projection", call) is not None:
+    if runs_eagerly(x) and find("residual_projection", call) is not None:
         return residual_projection_op(*call)
-    return F.relu(residual + F.conv2d(x, weight, bias))
+    out = F.conv2d(x, weight, bias)
+    out += residual
+    return F.relu_(out)

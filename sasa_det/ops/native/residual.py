@@ -15,6 +15,7 @@ def refuses(call: ResidualCall) -> str | None:
             return "it computes in float32, on one device"
     fits = residual.dim() == x.dim() == 4 and weight.shape == (residual.shape[1], x.shape[1], 1, 1)
     fits = fits and residual.shape[::2] == x.shape[::2] and residual.shape[3] == x.shape[3]
+    fits = fits and weight.numel() > 0
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         return "the shapes of the tensors do not fit together"
     if not residual.is_contiguous(memory_format=torch.channels_last):
