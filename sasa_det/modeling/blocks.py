@@ -14,6 +14,7 @@ from sasa_det.ops import residual_projection
 from .norm import (
     batch_norm_of_maximum,
     channel_sign,
+    fold,
     folds,
     is_batch_norm,
     scale_and_shift,
@@ -119,8 +120,10 @@ class AttentionBottleneckBlock(CNNBlockBase):
         # What the attention returned may be what it keeps for its backward; a sum is not.
         out = F.relu_(out) if self.residual else F.relu(out)
         residual = x if self.shortcut is None else self.shortcut(x)
-        if type(self.conv3) is PointwiseConv2d and not has_hooks(self.conv3):
-            return self.conv3.add_to(residual, out)
+        plain = type(self.conv3) is PointwiseConv2d and not has_hooks(self.conv3)
+        folded = self.conv3.folded(out) if plain else None
+        if folded is not None:
+            return residual_projection(residual, out, *folded)
         out = self.conv3(out)
         out += residual
         return F.relu_(out)
@@ -150,27 +153,17 @@ class PointwiseConv2d(Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        folded = self._folded(x)
+        folded = self.folded(x)
         return super().forward(x) if folded is None else F.conv2d(x, *folded, self.stride)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """relu(residual + self(x))"""
-        folded = self._folded(x)
-        if folded is not None:
-            return residual_projection(residual, x, *folded)
-        out = self(x)
-        out += residual
-        return F.relu_(out)
-
-    def _folded(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def folded(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias with the norm in them, where that is quicker than the norm."""
         if self.norm is None:  # nothing to fold, or fold_batch_norm has been there
             return self.weight, self.bias
         positions = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)
         if self.in_channels >= positions or not folds(self.norm, x):
             return None
-        scale, shift = scale_and_shift(self.norm)
-        return self.weight * scale[:, None, None, None], shift
+        return fold(self.weight, self.bias, self.norm)
 
 
 def _conv_1x1(in_channels: int, out_channels: int, norm, *, stride: int = 1) -> PointwiseConv2d:

@@ -1,14 +1,13 @@
 """What makes a trained detector faster, and no different."""
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from detectron2.layers import Conv2d
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .norm import is_batch_norm
+from .norm import fold, is_batch_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,14 +27,8 @@ def fold_batch_norm(model: Model) -> Model:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Conv2d) and is_batch_norm(module.norm):
-            module.weight, module.bias = _fold(module.weight, module.bias, module.norm)
+            with torch.no_grad():
+                weight, bias = fold(module.weight, module.bias, module.norm)
+            module.weight, module.bias = (x.requires_grad_(False) for x in (weight, bias))
             module.norm = None
     return model
-
-
-@torch.no_grad()
-def _fold(weight: torch.Tensor, bias: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    folded = fuse_conv_bn_weights(
-        weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    return tuple(x.requires_grad_(False) for x in folded)  # type: ignore[return-value]

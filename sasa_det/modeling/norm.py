@@ -8,6 +8,7 @@ from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, get_norm
 from detectron2.utils.comm import get_world_size
 from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_reduce
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sasa_det.layers.local_attention import has_hooks
 from sasa_det.ops.functional import runs_eagerly
@@ -59,6 +60,13 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -norm.running_mean * scale
     return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a convolution with the batch norm behind it in them."""
+    return fuse_conv_bn_weights(  # type: ignore[return-value]
+        weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
 
 
 def batch_norm_of_maximum(
