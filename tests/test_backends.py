@@ -62,12 +62,17 @@ def test_every_backend_is_close_to_float64(shape, dtype, relative, layout, backe
     assert_equal_to_float64(inputs, options, dtype)
 
 
-@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
-def test_every_instruction_set_computes_the_same(name, monkeypatch):
-    level = library.INSTRUCTION_SETS.index(name)
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    """The native kernels run with each in turn, as far as this machine has it."""
+    level = library.INSTRUCTION_SETS.index(request.param)
     if available_backends()["native"] is not None or level > library.instruction_set():
-        pytest.skip(f"this machine cannot run {name}")
+        pytest.skip(f"this machine cannot run {request.param}")
     monkeypatch.setattr(library, "instruction_set", lambda: level)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_every_instruction_set_computes_the_same():
     with use_backend("native"):
         for shape in SHAPES + LARGER:
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -149,7 +154,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
     [(2, 24, 9, 37, 4, 5), (1, 320, 11, 18, 4, 3), (1, 16, 13, 5, 2, 7), (2, 8, 3, 2, 1, 9)],
     ids=str,
 )
-@pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+@pytest.mark.usefixtures("instruction_set")
 def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch):
     n, channels, height, width, heads, size = shape
     g = torch.Generator().manual_seed(0)
@@ -185,6 +190,27 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
     with torch.no_grad():
         for affine in ((None, None), torch.randn(2, channels, generator=g)):
             torch.library.opcheck(operator.default, (*tensors, *affine, heads, size))
+
+
+@pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+@pytest.mark.parametrize("input_gradient", [True, False], ids=["all", "of parameters alone"])
+def test_gradients_do_not_depend_on_the_number_of_threads(input_gradient, monkeypatch):
+    (x, *_, rows, cols), options = make_inputs((2, 24, 30, 21, 6, 5), torch.float32)
+    weight = torch.randn(72, 24, 1, 1) * 24**-0.5
+    leaves = [t.requires_grad_() for t in (x, weight, rows, cols)]
+    x.requires_grad_(input_gradient)
+    monkeypatch.setattr("sasa_det.ops.native.projected.number_of_bands", lambda *_: 1)
+    monkeypatch.setattr("sasa_det.ops.native.attention.number_of_bands", lambda *_: 1)
+
+    def run(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        with use_backend("native"):
+            output = projected_attention(x, weight, rows, cols, **options)
+            return torch.autograd.grad(output.square().sum(), leaves[not input_gradient :])
+
+    alone = run(1)
+    for threads in (2, 5, 12) * 5:  # more than there are processors: they wait for each other
+        assert all(map(torch.equal, run(threads), alone))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

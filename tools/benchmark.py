@@ -59,7 +59,8 @@ HOW = f"""\
 - Every contestant runs once in each round, in turn, after a warm-up. Times are medians, in
   brackets the quartiles. Ratios are medians of the ratios within a round. Who is {SLOW} times
   slower than the fastest takes part in the first {SLOW_ROUNDS} rounds only.
-- Layers include their projections; forward+backward takes the gradients of input and weights.
+- Layers include their projections; forward+backward takes the gradients of input and weights from
+  a gradient of the output that is there before.
   Where a convolution has a stride, attention is followed by the average pooling in its place.
 - Both memory formats are tried. A layer's faster one counts, the baseline's, too. Detectors show
   both; ratios refer to the baseline's faster one in time, to its smaller one in memory. Scaling is

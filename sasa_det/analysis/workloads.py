@@ -202,19 +202,16 @@ def build_layer(
 ) -> Steps:
     """A layer with its projections; a training step takes the gradients of input and weights."""
     layer = make_layer(implementation, shape)
-    layer = _place(layer, setting, memory_format).train(training)
-    sizes = [(WARM_UP_MAP, WARM_UP_MAP), (shape.height, shape.width)]
-    small, full = (
-        _place(
-            torch.randn(setting.batch, shape.in_channels, *size), setting, memory_format
-        ).requires_grad_(training)
-        for size in sizes
-    )
     peer = PEERS.get(implementation)
+    sizes = [(WARM_UP_MAP, WARM_UP_MAP), (shape.height, shape.width)]
     if peer is not None and peer.compiled:
-        small = full  # compiled for this shape before anything is measured
-    step = partial(_run_module, layer, training, backend)
-    return Steps(partial(step, small), partial(step, full))
+        sizes[0] = sizes[1]  # compiled for this shape before anything is measured
+    inputs = [
+        torch.randn(setting.batch, shape.in_channels, *size, requires_grad=training)
+        for size in sizes
+    ]
+    outputs = (shape.out_channels, shape.stride)
+    return _module_steps(layer, inputs, outputs, setting, memory_format, training, backend)
 
 
 def build_stem(
@@ -222,13 +219,9 @@ def build_stem(
 ) -> Steps:
     """The stem of a config's ResNet; the image gets no gradient."""
     stem = build_model(_on_cpu(config)).backbone.bottom_up.stem
-    stem = _place(stem, setting, memory_format).train(training)
-    small, full = (
-        _place(torch.randn(setting.batch, 3, size, size), setting, memory_format)
-        for size in (WARM_UP_IMAGE, image_size)
-    )
-    step = partial(_run_module, stem, training, None)
-    return Steps(partial(step, small), partial(step, full))
+    images = [torch.randn(setting.batch, 3, size, size) for size in (WARM_UP_IMAGE, image_size)]
+    outputs = (stem.out_channels, stem.stride)
+    return _module_steps(stem, images, outputs, setting, memory_format, training)
 
 
 def build_detector(
@@ -326,15 +319,37 @@ def serving_backends(
     return automatic, others
 
 
-def _run_module(module: nn.Module, training: bool, backend: str | None, x: Tensor) -> None:
+def _module_steps(
+    module: nn.Module,
+    inputs: list[Tensor],
+    outputs: tuple[int, int],
+    setting: Setting,
+    memory_format: str,
+    training: bool,
+    backend: str | None = None,
+) -> Steps:
+    """Of a module whose outputs have these channels and this stride, a step for each input."""
+    module = _place(module, setting, memory_format).train(training)
+    channels, stride = outputs
+    steps = []
+    for x in inputs:
+        height, width = (-(-size // stride) for size in x.shape[2:])
+        leaf = _place(x.detach(), setting, memory_format).requires_grad_(x.requires_grad)
+        grad = torch.ones(len(x), channels, height, width) if training else None
+        grad = grad if grad is None else _place(grad, setting, memory_format)
+        steps.append(partial(_run_module, module, backend, leaf, grad))
+    return Steps(*steps)
+
+
+def _run_module(module: nn.Module, backend: str | None, x: Tensor, grad: Tensor | None) -> None:
+    """Inference, or a training step where the gradient of the output is given."""
     with _backend(backend):
-        if not training:
+        if grad is None:
             with torch.no_grad():
                 module(x)
             return
-        output = module(x)
-        inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
-        torch.autograd.grad(output, inputs, torch.ones_like(output))
+        leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
+        torch.autograd.grad(module(x), leaves, grad)
 
 
 def _replace_attention(model: nn.Module, peer: str) -> None:

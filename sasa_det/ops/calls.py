@@ -69,15 +69,20 @@ def empty_gradient(call: AttentionCall, dtype: torch.dtype | None = None) -> Ten
     return empty_map(call.query, 3 * call.query.shape[1], dtype)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The one of a map (N, C, H, W) that its strides resemble."""
+    channels_last = x.stride(1) == 1 and x.shape[1] > 1
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def empty_map(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     """(N, channels, H, W) on the device and in the memory format of ``x``."""
-    n, in_channels, height, width = x.shape
-    channels_last = x.stride(1) == 1 and in_channels > 1
+    n, _, height, width = x.shape
     return torch.empty(
         (n, channels, height, width),
         dtype=dtype or x.dtype,
         device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=memory_format(x),
     )
 
 

@@ -12,6 +12,7 @@ from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
 from .functional import cast_for_autocast, local_attention
 from .registration import (
+    align,
     local_attention_backward_op,
     local_attention_op,
     projected_attention_backward_op,
@@ -37,7 +38,8 @@ def projected_attention(
     Queries, keys and values are three times as large as ``x``. They are not kept for the backward
     but projected anew, so that a layer keeps no more than the convolution that it replaces; this
     costs a ninth of that convolution's FLOPs for each of the three. In float32 the native kernels
-    project row by row what they need: no such map exists even for a while, but for the gradients'.
+    project row by row what they need, and use up row by row the gradients of the three: no such map
+    exists even for a while.
 
     Args:
         x (Tensor[N, C_in, H, W]): as ``query`` of :func:`local_attention`.
@@ -140,9 +142,8 @@ class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         *tensors, logsumexp, output = ctx.saved_tensors
-        grad_maps, *grads = _unfused_backward(ctx, grad_output, logsumexp, output, *tensors)
-        projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
-        return *projection_grads, *(grads or (None, None)), None, None
+        grads = _unfused_backward(ctx, grad_output, logsumexp, output, *tensors)
+        return *grads, None, None
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -161,13 +162,15 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         logsumexp, *tensors = ctx.saved_tensors
         arguments: tuple[Any, ...] = (*tensors, None, None, None, ctx.num_heads, ctx.kernel_size)
-        if find("projected_attention", ProjectedCall(*arguments)) is not None:
-            grad_maps, *grads = projected_attention_backward_op(grad_output, logsumexp, *arguments)
-        else:  # the backend or the number of threads was changed since the forward
-            grad_maps, *grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)
-        projection_grads = _projection_gradients(ctx, grad_maps, *tensors[:2])
         grad_residual = grad_output if ctx.needs_input_grad[5] else None
-        return *projection_grads, *(grads or (None, None)), grad_residual, None, None
+        if find("projected_attention", ProjectedCall(*arguments)) is not None:
+            of_input = ctx.needs_input_grad[0]
+            grads = projected_attention_backward_op(grad_output, logsumexp, of_input, *arguments)
+            tensors[0] = tensors[0] if of_input else None
+            return *align(grads, tensors), grad_residual, None, None
+        # The backend or the number of threads was changed since the forward.
+        grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)
+        return *grads, grad_residual, None, None
 
 
 def _unfused_backward(
@@ -179,18 +182,15 @@ def _unfused_backward(
     weight: Tensor,
     bias: Tensor | None,
     *embeddings: Tensor | None,
-) -> list[Tensor]:
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and embeddings."""
     # As in the forward, where autocast had been applied to the tensors.
     with torch.autocast(x.device.type, enabled=False):
         maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
-    return local_attention_backward_op(
+    grad_maps, *grads = local_attention_backward_op(
         grad_output, output, logsumexp, *maps, *embeddings, ctx.num_heads, ctx.kernel_size
     )
-
-
-def _projection_gradients(ctx: Any, grad_maps: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Of x, weight and bias, where they are needed."""
-    return torch.ops.aten.convolution_backward(
+    projection_grads = torch.ops.aten.convolution_backward(
         grad_maps,
         x,
         weight,
@@ -203,3 +203,4 @@ def _projection_gradients(ctx: Any, grad_maps: Tensor, x: Tensor, weight: Tensor
         groups=1,
         output_mask=ctx.needs_input_grad[:3],
     )
+    return *projection_grads, *(grads or (None, None))

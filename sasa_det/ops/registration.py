@@ -102,18 +102,18 @@ def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 @custom_op(
     "sasa_det::projected_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor logsumexp, {_PROJECTED}) -> Tensor[]",
+    schema=f"(Tensor grad_output, Tensor logsumexp, bool input_gradient, {_PROJECTED}) -> Tensor[]",
 )
 @_without_autocast
 def projected_attention_backward_op(
-    grad_output: Tensor, logsumexp: Tensor, *arguments: Any
+    grad_output: Tensor, logsumexp: Tensor, input_gradient: bool, *arguments: Any
 ) -> list[Tensor]:
-    """As ``local_attention_backward``: gradients of queries, keys and values, which are projected
-    anew, and of the embeddings; not those of x and the weight. Residual, scale and shift are not
-    looked at."""
+    """Gradients of the tensors that are not None, x's first and only if asked for. Residual, scale
+    and shift are not looked at."""
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
-    return choose("projected_attention", call).backward(call, grad_output, logsumexp)
+    implementation = choose("projected_attention", call)
+    return implementation.backward(call, grad_output, logsumexp, input_gradient)
 
 
 @custom_op(
@@ -198,9 +198,10 @@ def _(*arguments):
 
 
 @projected_attention_backward_op.register_fake
-def _(grad_output, logsumexp, *arguments):
+def _(grad_output, logsumexp, input_gradient, *arguments):
     call = ProjectedCall(*arguments)
-    return [empty_map(call.x, call.weight.shape[0]), *_contiguous_gradients(call[3:5])]
+    grads = [empty_map(call.x, call.x.shape[1])] if input_gradient else []
+    return grads + _contiguous_gradients(call[1:5])
 
 
 @residual_projection_op.register_fake
@@ -249,7 +250,7 @@ def _local_attention_backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple
         grad_output, output, logsumexp, *tensors, ctx.num_heads, ctx.kernel_size
     )
     maps = grads[0].chunk(3, dim=1)
-    return *_align([*maps, *grads[1:]], tensors), None, None
+    return *align([*maps, *grads[1:]], tensors), None, None
 
 
 def _stem_setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -263,16 +264,16 @@ def _stem_attention_backward(ctx: Any, grad_output: Tensor) -> tuple:
     grads = stem_attention_backward_op(
         grad_output, image_gradient, image, *parameters, ctx.num_heads
     )
-    return *_align(grads, [image if image_gradient else None, *parameters]), None
+    return *align(grads, [image if image_gradient else None, *parameters]), None
 
 
 def _stem_attention_pooled_backward(ctx: Any, *grads_of_outputs: Tensor) -> tuple:
     image, *parameters = ctx.saved_tensors
     grads = stem_attention_pooled_backward_op(*grads_of_outputs, image, *parameters, ctx.num_heads)
-    return None, *_align(grads, parameters), None
+    return None, *align(grads, parameters), None
 
 
-def _align(grads: list[Tensor], inputs: list[Tensor | None]) -> list[Tensor | None]:
+def align(grads: list[Tensor], inputs: list[Tensor | None]) -> list[Tensor | None]:
     """Puts None where an input is None."""
     remaining = iter(grads)
     return [None if x is None else next(remaining) for x in inputs]
@@ -310,11 +311,12 @@ def _(x, weight, *arguments, out_shape=None) -> int:
 
 
 @register_flop_formula(torch.ops.sasa_det.projected_attention_backward)
-def _(grad_output, logsumexp, x, weight, *arguments, out_shape=None) -> int:
+def _(grad_output, logsumexp, input_gradient, x, weight, *arguments, out_shape=None) -> int:
+    """The projection anew, and a product each for the gradients of the weight and of x."""
     _bias, rel_rows, *_, kernel_size = arguments
     relative = rel_rows is not None
     attention = flops.local_attention_backward_flops(grad_output, kernel_size, relative=relative)
-    return flops.projection_flops(x, weight) + attention
+    return (2 + input_gradient) * flops.projection_flops(x, weight) + attention
 
 
 @register_flop_formula(torch.ops.sasa_det.residual_projection)

@@ -27,30 +27,28 @@ def backward(
     """``output`` is not needed: the kernel has all weights of a position at hand at once."""
     arguments, _embeddings = attention_arguments(call, grad_output.shape, logsumexp)
     _set_maps(arguments, call)
-    grads = run_backward(arguments, call, grad_output, empty_gradient(call, torch.float32))
+    grad_maps = library.mapped(empty_gradient(call, torch.float32))
+    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
+        library.Map.of, grad_maps.chunk(3, dim=1)
+    )
+    grads = [grad_maps, *run_backward(arguments, call, grad_output)]
     return [grad.to(call.query.dtype) for grad in grads]
 
 
 def run_backward(
-    arguments: library.AttentionArguments,
-    call: AttentionCall | ProjectedCall,
-    grad_output: Tensor,
-    grad_maps: Tensor,
+    arguments: library.AttentionArguments, call: AttentionCall | ProjectedCall, grad_output: Tensor
 ) -> list[Tensor]:
-    """Fills ``grad_maps`` (N, 3 * C, H, W) and returns it and the gradients of the embeddings."""
+    """Fills the other gradients and returns those of the embeddings."""
     arguments.grad_output = library.Map.of(grad_output)
-    arguments.grad_query, arguments.grad_key, arguments.grad_value = map(
-        library.Map.of, library.mapped(grad_maps).chunk(3, dim=1)
-    )
     if call.rel_rows is None:
         library.run("sasa_det_attention_backward", arguments)
-        return [grad_maps]
+        return []
     # Each task adds up its own part, so that the sum does not depend on who is first.
     shape = (grad_output.shape[0] * arguments.bands, 2, *call.rel_rows.shape)
-    parts = grad_maps.new_zeros(shape)
+    parts = grad_output.new_zeros(shape, dtype=torch.float32)
     arguments.grad_embeddings = parts.data_ptr()
     library.run("sasa_det_attention_backward", arguments)
-    return [grad_maps, *(parts[:, axis].sum(dim=0) for axis in (0, 1))]
+    return [parts[:, axis].sum(dim=0) for axis in (0, 1)]
 
 
 def empty_logsumexp(output: Tensor, num_heads: int) -> Tensor:

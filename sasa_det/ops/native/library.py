@@ -54,6 +54,8 @@ class AttentionArguments(ctypes.Structure):
         *((name, _FLOATS) for name in ("output_scale", "output_shift")),
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
+        ("grad_input", Map),
+        *((name, _FLOATS) for name in ("grad_projection", "grad_bias", "turns")),
     )
 
 

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..calls import ProjectedCall, empty_map
+from ..calls import ProjectedCall, empty_map, memory_format
 from . import library
 from .attention import attention_arguments, empty_logsumexp, number_of_bands, run_backward
+
+_WIDEST = 16  # floats in a vector, as in calls.h
 
 
 def refuses(call: ProjectedCall) -> str | None:
@@ -39,9 +41,35 @@ def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
     return output, logsumexp
 
 
-def backward(call: ProjectedCall, grad_output: Tensor, logsumexp: Tensor) -> list[Tensor]:
+def backward(
+    call: ProjectedCall, grad_output: Tensor, logsumexp: Tensor, input_gradient: bool
+) -> list[Tensor]:
+    """Gradients of ``x``, where it is asked for, of the tensors that are not None, but for what is
+    added and scaled."""
     arguments, _kept = _arguments(call, logsumexp)
-    return run_backward(arguments, call, grad_output, empty_map(call.x, call.weight.shape[0]))
+    n, channels, height, width = call.x.shape
+    grads: list[Tensor] = []
+    if input_gradient:
+        # All heads add to it, one after another at each place.
+        padded = torch.empty(
+            (n, -(-channels // _WIDEST) * _WIDEST, height, width),
+            memory_format=torch.channels_last,
+        )
+        turns = torch.zeros((n, height), dtype=torch.int32)
+        arguments.grad_input = library.Map.of(library.mapped(padded))
+        arguments.turns = turns.data_ptr()
+        grads.append(padded[:, :channels])
+    # Each image and band adds up its own part, as for the embeddings.
+    parts = [
+        tensor.new_empty((n * arguments.bands, *tensor.shape))
+        for tensor in (call.weight, call.bias)
+        if tensor is not None
+    ]
+    arguments.grad_projection = parts[0].data_ptr()
+    arguments.grad_bias = None if call.bias is None else parts[1].data_ptr()
+    embeddings = run_backward(arguments, call, grad_output)
+    grads = [grad.contiguous(memory_format=memory_format(call.x)) for grad in grads]
+    return [*grads, *(part.sum(dim=0) for part in parts), *embeddings]
 
 
 def _output_shape(call: ProjectedCall) -> torch.Size:
@@ -54,8 +82,10 @@ def _arguments(
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
     """What the library is called with, and what it points to."""
     arguments, kept = attention_arguments(call, _output_shape(call), logsumexp)
-    # It reads the channels of a position one after another.
-    x = call.x if call.x.stride(1) == 1 else call.x.contiguous(memory_format=torch.channels_last)
+    # It reads the channels of a position one after another, and rows without a gap.
+    x = call.x
+    if x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3):
+        x = x.contiguous(memory_format=torch.channels_last)
     weight = call.weight.flatten(1).contiguous()
     bias = None if call.bias is None else call.bias.contiguous()
     arguments.in_channels = x.shape[1]

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { WIDEST = 16 }; /* floats in a vector, of any instruction set */
 
 /* (N, C, H, W) */
 typedef struct {
@@ -33,6 +34,10 @@ typedef struct {
        (batch, bands, 2, heads, kernel_size, head_dim / 2). */
     Map grad_output, grad_query, grad_key, grad_value;
     float *grad_embeddings;
+    /* Instead of those of queries, keys and values, where they are projected here. */
+    Map grad_input;                   /* as input; rows have no gaps, channels are padded to WIDEST */
+    float *grad_projection, *grad_bias; /* (batch, bands) times the shapes above: partial sums */
+    int32_t *turns;                   /* (batch, height), zeros at first: see projection_backward.h */
 } AttentionCall;
 
 /* The stem's attention, pooled. All floats; the weights are folded: see stem.h. */

@@ -1,6 +1,7 @@
 /* All kernels for one instruction set: LANES floats in a vector, exported names ending in ISA. */
 
 #include <math.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -21,6 +22,7 @@
 #include "weighted_sums.h"
 #include "rows.h"
 #include "projection.h"
+#include "projection_backward.h"
 #include "local_attention.h"
 #include "local_attention_backward.h"
 #include "residual.h"

@@ -70,23 +70,28 @@ static void restore(unsigned state) {
 
 typedef void Task(const void *call, int64_t index, char *scratch);
 
-/* Runs `tasks` tasks. Returns 0, or 1 where memory ran out. */
+/* Runs `tasks` tasks, which begin in this order: one may wait for those before it. Returns 0, or 1 where
+   memory ran out. */
 static int64_t run(Task *task, const void *call, int64_t tasks, int64_t bytes, int64_t threads) {
     int64_t failed = 0;
     if (threads > tasks) threads = tasks;
     if (threads < 1) threads = 1;
-#pragma omp parallel num_threads(threads) reduction(+ : failed)
+#pragma omp parallel num_threads(threads)
     {
         char *scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
         const unsigned state = flush_denormals();
-        failed = scratch == NULL;
-#pragma omp for schedule(dynamic, 1)
+        if (!scratch) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+#pragma omp for schedule(monotonic : dynamic, 1)
         for (int64_t index = 0; index < tasks; index++)
-            if (scratch) task(call, index, scratch);
+            if (!failed) task(call, index, scratch);
         restore(state);
         free(scratch);
     }
-    return failed != 0;
+    return failed;
 }
 
 EXPORT int64_t sasa_det_attention_forward(const AttentionCall *call, int64_t instruction_set,

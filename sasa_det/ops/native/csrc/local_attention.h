@@ -25,6 +25,7 @@ typedef struct {
     int64_t col_radius, cols;         /* of the columns that any position can see */
     int64_t first, last;              /* row offsets that any query of the current row can see */
     Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
+    Map grad_query_map, grad_key_map, grad_value_map;
     float *projected;                 /* a row of [width][columns] */
     float *query_ring;                /* [radius + 1][width][head_dim] */
     float *projection;                /* [in_channels][columns], in panels */
@@ -45,16 +46,10 @@ typedef struct {
     V *row_logits, *col_logits;       /* [size] */
     V *col_mask;                      /* [vectors * cols]: 0, or OUTSIDE */
     float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
+    ProjectionGradients projection_gradients;
     /* [size][depth], where the channels of the row or of the column embeddings are: the others are 0. */
     float *rel_rows, *rel_cols, *grad_rel_rows, *grad_rel_cols;
 } Task;
-
-/* Hands out scratch memory; counts it where there is none yet. */
-static void *take(char **scratch, int64_t count, size_t size) {
-    char *start = *scratch;
-    *scratch = start + (count * size + 63) / 64 * 64;
-    return start;
-}
 
 /* Lays out `task` at `scratch` and returns the end of it. What has to be zero at first comes first;
    `zeros` is where that ends. */
@@ -80,6 +75,7 @@ static char *lay_out(Task *task, char *scratch, char **zeros) {
         task->rel_cols = take(&scratch, embeddings, sizeof(float));
         task->grad_rel_rows = take(&scratch, embeddings, sizeof(float));
         task->grad_rel_cols = take(&scratch, embeddings, sizeof(float));
+        if (call->in_channels) lay_out_gradients(&task->projection_gradients, call, &scratch);
     }
     *zeros = scratch;
     task->keys = take(&scratch, task->size, sizeof(float *));

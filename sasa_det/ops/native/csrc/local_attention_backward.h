@@ -81,16 +81,55 @@ static void move_gradients(Task *task, int64_t row, int64_t next_row) {
     }
 }
 
+/* Makes the maps of the gradients of queries, keys and values those of the call; or, where they are
+   projected here, a ring and the current block. */
+static void start_gradients(Task *task) {
+    const AttentionCall *call = task->call;
+    const ProjectionGradients *g = &task->projection_gradients;
+    if (!call->in_channels) {
+        task->grad_query_map = map_from(&call->grad_query, task->n, task->channel);
+        task->grad_key_map = map_from(&call->grad_key, task->n, task->channel);
+        task->grad_value_map = map_from(&call->grad_value, task->n, task->channel);
+        return;
+    }
+    pack_weights(g, call, task->head);
+    task->grad_query_map = task->query_map;
+    task->grad_query_map.data = g->query_ring;
+    task->grad_key_map = (Map){.data = g->block + call->head_dim,
+                               .stride_c = 1,
+                               .stride_h = call->width * g->columns,
+                               .stride_w = g->columns,
+                               .dtype = FLOAT32,
+                               .ring = g->rows};
+    task->grad_value_map = task->grad_key_map;
+    task->grad_value_map.data = g->block + 2 * call->head_dim;
+}
+
+/* Completes a row of the block, and uses up the block if that was the last one. */
+static void finish_row(Task *task, int64_t row) {
+    const AttentionCall *call = task->call;
+    const ProjectionGradients *g = &task->projection_gradients;
+    const float *const queries = g->query_ring + row_start(&task->grad_query_map, 0, 0, row);
+    float *const to = block_row(g, call, row);
+    for (int64_t x = 0; x < call->width; x++)
+        copy(to + x * g->columns, queries + x * call->head_dim, call->head_dim);
+    if ((row + 1) % g->rows && row + 1 < task->end) return;
+    int64_t first = row - row % g->rows;
+    if (first < task->begin) first = task->begin;
+    add_rows(g, call, task->n, task->head, first, row + 1 - first);
+}
+
 /* Writes the finished rows of the gradients' rings, those before `until`, if they are the band's. */
-static void flush_gradients(const Task *task, int64_t *flushed, int64_t until) {
+static void flush_gradients(Task *task, int64_t *flushed, int64_t until) {
     const AttentionCall *call = task->call;
     for (; *flushed < until; (*flushed)++) {
         const int64_t row = *flushed, slot = position_slot(task, row);
         if (row < task->begin || row >= task->end) continue;
-        write_by_position(&task->around, &call->grad_key, task->n, task->channel, call->head_dim, row,
+        write_by_position(&task->around, &task->grad_key_map, 0, 0, call->head_dim, row,
                           task->grad_key_ring + slot);
-        write_by_position(&task->around, &call->grad_value, task->n, task->channel, call->head_dim,
-                          row, task->grad_value_ring + slot);
+        write_by_position(&task->around, &task->grad_value_map, 0, 0, call->head_dim, row,
+                          task->grad_value_ring + slot);
+        if (call->in_channels) finish_row(task, row);
     }
 }
 
@@ -106,11 +145,10 @@ static void read_embeddings(Task *task) {
     }
 }
 
-static void write_embedding_gradients(const Task *task, int64_t index) {
+static void write_embedding_gradients(const Task *task, int64_t part) {
     const AttentionCall *call = task->call;
     const int64_t half = call->head_dim / 2, count = task->size * half, depth = task->around.depth;
-    const int64_t part = (task->n * call->bands + index % call->bands) * 2 * call->heads;
-    float *rows = call->grad_embeddings + (part + task->head) * count;
+    float *rows = call->grad_embeddings + (part * 2 * call->heads + task->head) * count;
     float *cols = rows + call->heads * count;
     if (!call->rel_rows) return;
     for (int64_t a = 0; a < task->size; a++) {
@@ -133,10 +171,25 @@ static void read_queries(Task *task, int64_t row) {
     read_by_channel(&task->plain, &logsumexp, task->n, task->head, 1, row, task->logsumexp);
 }
 
+/* Asks, while a vector of this row is computed, for a part of what the backward reads and writes. */
+static void prefetch_gradients(const Task *task, int64_t row, int64_t vector) {
+    const AttentionCall *call = task->call;
+    const Layout *s = &task->plain;
+    const int64_t channels = call->head_dim;
+    prefetch_row(s, &call->grad_output, task->n, task->channel, channels, row + 1, vector, s->vectors,
+                 false);
+    if (call->in_channels) return;
+    prefetch(task, row, vector, &call->grad_query);
+    prefetch_row(s, &task->grad_key_map, 0, 0, channels, row - task->radius, vector, s->vectors, true);
+    prefetch_row(s, &task->grad_value_map, 0, 0, channels, row - task->radius, vector, s->vectors,
+                 true);
+}
+
 static void backward_task(const void *arguments, int64_t index, char *scratch) {
     const AttentionCall *call = arguments;
     Task task;
     start_task(&task, call, index, scratch, true);
+    start_gradients(&task);
     read_embeddings(&task);
     const Layout *s = &task.plain;
     const int64_t channels = call->head_dim;
@@ -153,21 +206,16 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
         memset(task.result, 0, task.around.floats * sizeof(float));
         const bool own = row >= task.begin && row < task.end;
         for (int64_t vector = 0; vector < s->vectors; vector++) {
-            prefetch(&task, row, vector, &call->grad_query);
-            prefetch_row(s, &call->grad_output, task.n, task.channel, channels, row + 1, vector,
-                         s->vectors, false);
-            prefetch_row(s, &call->grad_key, task.n, task.channel, channels, row - task.radius,
-                         vector, s->vectors, true);
-            prefetch_row(s, &call->grad_value, task.n, task.channel, channels, row - task.radius,
-                         vector, s->vectors, true);
+            prefetch_gradients(&task, row, vector);
             logit_gradients(&task, vector);
             if (own) query_gradient(&task, vector);
         }
         if (own)
-            write_by_position(&task.around, &call->grad_query, task.n, task.channel, channels, row,
-                              task.result);
+            write_by_position(&task.around, &task.grad_query_map, 0, 0, channels, row, task.result);
         key_value_gradients(&task);
     }
     flush_gradients(&task, &flushed, task.next_row);
-    write_embedding_gradients(&task, index);
+    const int64_t part = task.n * call->bands + index % call->bands;
+    write_embedding_gradients(&task, part);
+    if (call->in_channels) write_gradients(&task.projection_gradients, call, part, task.head);
 }

@@ -4,11 +4,12 @@
    Weights stand in panels of some columns (output channels), each [channels][columns of the panel]. */
 
 #define PANEL 3 /* vectors of columns, at most */
-/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p.
-   Asks for those of the row `next`, where it is given, line by line in between. */
+/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p; `step`
+   and `weights_step` are from one channel to the next. Asks for the positions of the row `next`, where it
+   is given, line by line in between. */
 INLINE void project_tile(const int vectors, const int positions, const float *x, int64_t stride,
-                         const float *weights, int64_t channels, const float *start, float *out,
-                         int64_t columns, const float *next) {
+                         int64_t step, const float *weights, int64_t weights_step, int64_t channels,
+                         const float *start, float *out, int64_t columns, const float *next) {
     V total[POSITIONS * PANEL], weight[PANEL];
     UNROLL for (int p = 0; p < positions; p++)
         UNROLL for (int v = 0; v < vectors; v++)
@@ -18,11 +19,11 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
         if (next)
             UNROLL for (int p = 0; p < positions; p++)
                 prefetch_line(next + p * stride + line, false);
-        UNROLL_BY_4 for (int64_t c = line; c < end; c++, weights += vectors * LANES) {
+        UNROLL_BY_4 for (int64_t c = line; c < end; c++, weights += weights_step) {
             UNROLL for (int v = 0; v < vectors; v++) weight[v] = load(weights + v * LANES);
             UNROLL for (int p = 0; p < positions; p++)
                 UNROLL for (int v = 0; v < vectors; v++)
-                    total[p * vectors + v] += x[p * stride + c] * weight[v];
+                    total[p * vectors + v] += x[p * stride + c * step] * weight[v];
         }
     }
     UNROLL for (int p = 0; p < positions; p++)
@@ -31,14 +32,15 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
 }
 
 /* A panel's columns of a row of positions. */
-INLINE void project_panel(const int vectors, const float *x, int64_t stride, int64_t width,
-                          const float *weights, int64_t channels, const float *start, float *out,
-                          int64_t columns, const float *next) {
+INLINE void project_panel(const int vectors, const float *x, int64_t stride, int64_t step,
+                          int64_t width, const float *weights, int64_t weights_step,
+                          int64_t channels, const float *start, float *out, int64_t columns,
+                          const float *next) {
     for (int64_t p = 0, count; p < width; p += count) {
         count = width - p < POSITIONS ? width - p : POSITIONS;
 #define TILE(positions)                                                                            \
-    project_tile(vectors, positions, x + p * stride, stride, weights, channels, start,             \
-                 out + p * columns, columns, next ? next + p * stride : NULL)
+    project_tile(vectors, positions, x + p * stride, stride, step, weights, weights_step,          \
+                 channels, start, out + p * columns, columns, next ? next + p * stride : NULL)
         switch (count) {
         case 1: TILE(1); break;
         case 2: TILE(2); break;
@@ -60,28 +62,42 @@ INLINE int64_t panel_at(int64_t column, int64_t columns) {
     return left < PANEL * LANES ? left : PANEL * LANES;
 }
 
-/* out[position][column] = start[column] + sum over channels of x[position][channel] times the weight;
-   `columns` is a multiple of LANES. `next` is the row that will be projected after this one. */
+/* Calls BODY(vectors) with the constant for each panel of the columns, which `column` is the first of. */
+#define EACH_PANEL(columns)                                                                        \
+    for (int64_t column = 0, panel; column < columns; column += panel)                             \
+        switch ((panel = panel_at(column, columns)) / LANES) {                                     \
+        case 1: BODY(1); break;                                                                    \
+        case 2: BODY(2); break;                                                                    \
+        default: BODY(3); break;                                                                   \
+        }
+
+/* out[position][column] = start[column], or what it is, + sum over channels of x[position][channel] times
+   the weight; `columns` is a multiple of LANES. `next`, where it is given, is the row that will be
+   projected after this one. */
 static void project_row(const float *x, const float *next, int64_t stride, int64_t width,
                         int64_t channels, const float *weights, int64_t columns,
                         const float *start, float *out) {
     const int64_t at_once = 256; /* channels: a panel is to stay in the first-level cache */
     for (int64_t c = 0, count; c < channels; c += count) {
         count = channels - c < at_once ? channels - c : at_once;
-        for (int64_t column = 0, panel; column < columns; column += panel) {
-            panel = panel_at(column, columns);
 #define BODY(vectors)                                                                              \
-    project_panel(vectors, x + c, stride, width, weights + column * channels + c * panel, count,   \
-                  c == 0 ? start + column : NULL, out + column, columns,                           \
-                  column + panel == columns ? next + c : NULL)
-            switch (panel / LANES) {
-            case 1: BODY(1); break;
-            case 2: BODY(2); break;
-            default: BODY(3); break;
-            }
+    project_panel(vectors, x + c, stride, 1, width, weights + column * channels + c * panel,       \
+                  vectors * LANES, count, c == 0 && start ? start + column : NULL, out + column,   \
+                  columns, next && column + panel == columns ? next + c : NULL)
+        EACH_PANEL(columns)
 #undef BODY
-        }
     }
+}
+
+/* sums[channel][column] += sum over positions of x[position][channel] times rows[position][column]: what
+   a row gives to the gradient of the weights. */
+static void add_products(const float *x, int64_t stride, int64_t channels, int64_t positions,
+                         const float *rows, int64_t columns, float *sums) {
+#define BODY(vectors)                                                                              \
+    project_panel(vectors, x, 1, stride, channels, rows + column, columns, positions, NULL,        \
+                  sums + column, columns, NULL)
+    EACH_PANEL(columns)
+#undef BODY
 }
 
 /* Puts `count` columns from `first` on, of which `rows` has [count][channels], into panels. */

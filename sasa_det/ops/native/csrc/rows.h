@@ -3,6 +3,13 @@
    In scratch memory a row stands by channel, [channel][x], for sums over its channels, or by position,
    [x][channel], for sums over its positions. */
 
+/* Hands out scratch memory; counts it where there is none yet. */
+static void *take(char **scratch, int64_t count, size_t size) {
+    char *start = *scratch;
+    *scratch = start + (count * size + 63) / 64 * 64;
+    return start;
+}
+
 /* By channel: column x at pad + x, whole vectors in all. */
 typedef struct {
     int64_t height, width;
