@@ -193,6 +193,20 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
 
 
 @pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+@pytest.mark.parametrize(("height", "row_by_row"), [(42, True), (41, False)])
+def test_many_threads_project_row_by_row_where_few_rows_are_computed_twice(
+    height, row_by_row, monkeypatch
+):
+    (x, *_, rows, cols), options = make_inputs((1, 16, height, 3, 8, 7), torch.float32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # two bands of each of eight heads
+    with use_backend("native"), FlopCounterMode(display=False) as counter:
+        projected_attention(x, torch.randn(48, 16, 1, 1), rows, cols, **options)
+    operators = counter.get_flop_counts()["Global"]
+    assert (torch.ops.sasa_det.projected_attention in operators) == row_by_row
+    assert (torch.ops.sasa_det.local_attention in operators) != row_by_row
+
+
+@pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
 @pytest.mark.parametrize("input_gradient", [True, False], ids=["all", "of parameters alone"])
 def test_gradients_do_not_depend_on_the_number_of_threads(input_gradient, monkeypatch):
     (x, *_, rows, cols), options = make_inputs((2, 24, 30, 21, 6, 5), torch.float32)

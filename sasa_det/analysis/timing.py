@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 # A shorter sample would measure the clock: quick steps are repeated within one.
-SHORTEST_SAMPLE = 5e-3  # seconds
+SHORTEST_SAMPLE = 20e-3  # seconds
 MOST_REPEATS = 100
 # Who is this many times slower than the fastest takes part in the first rounds only.
 SLOW, SLOW_ROUNDS = 8, 3

@@ -55,7 +55,7 @@ class AttentionArguments(ctypes.Structure):
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
         ("grad_input", Map),
-        *((name, _FLOATS) for name in ("grad_projection", "grad_bias", "turns")),
+        *((name, _FLOATS) for name in ("grad_projection", "grad_bias", "heads_done")),
     )
 
 

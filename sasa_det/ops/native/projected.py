@@ -22,8 +22,9 @@ def refuses(call: ProjectedCall) -> str | None:
         fits = fits and call.residual.shape == _output_shape(call)
     if not fits or call.num_heads < 1 or call.kernel_size < 1:
         return "the shapes of the tensors do not fit together, or not with heads and window"
-    if number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size) > 1:
-        return "with fewer heads and images than threads it projects some rows twice"
+    bands = number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size)
+    if bands > 1 and x.shape[2] < 3 * call.kernel_size * bands:
+        return "with so few heads and images for its threads it projects many rows twice"
     return library.refuses(x)
 
 
@@ -55,9 +56,9 @@ def backward(
             (n, -(-channels // _WIDEST) * _WIDEST, height, width),
             memory_format=torch.channels_last,
         )
-        turns = torch.zeros((n, height), dtype=torch.int32)
+        heads_done = torch.zeros((n, height), dtype=torch.int32)
         arguments.grad_input = library.Map.of(library.mapped(padded))
-        arguments.turns = turns.data_ptr()
+        arguments.heads_done = heads_done.data_ptr()
         grads.append(padded[:, :channels])
     # Each image and band adds up its own part, as for the embeddings.
     parts = [

@@ -37,7 +37,7 @@ typedef struct {
     /* Instead of those of queries, keys and values, where they are projected here. */
     Map grad_input;                   /* as input; rows have no gaps, channels are padded to WIDEST */
     float *grad_projection, *grad_bias; /* (batch, bands) times the shapes above: partial sums */
-    int32_t *turns;                   /* (batch, height), zeros at first: see projection_backward.h */
+    int32_t *heads_done;              /* (batch, height), zeros at first: see projection_backward.h */
 } AttentionCall;
 
 /* The stem's attention, pooled. All floats; the weights are folded: see stem.h. */

@@ -20,6 +20,7 @@ typedef struct {
     Layout kept;                      /* of weights and grad_logits: padded by whole vectors */
     Positions around;                 /* of rows by position */
     int64_t n, head, channel;         /* image, head and its first channel */
+    int64_t turn;                     /* of the head among all */
     int64_t begin, end;               /* rows of the band */
     int64_t size, radius;             /* of the window */
     int64_t col_radius, cols;         /* of the columns that any position can see */
@@ -212,6 +213,14 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
     }
 }
 
+/* Which head is computed at a turn. Heads whose channels share a cache line, which threads would have to
+   take from each other, come far apart. */
+static int64_t head_at(const AttentionCall *call, int64_t turn) {
+    const int64_t sharing = LINE / call->head_dim, lines = sharing > 1 ? call->heads / sharing : 0;
+    if (turn >= sharing * lines) return turn;
+    return turn % lines * sharing + turn / lines;
+}
+
 static void start_task(Task *task, const AttentionCall *call, int64_t index, char *scratch,
                        bool backward) {
     char *zeros;
@@ -219,7 +228,8 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
     lay_out(task, scratch, &zeros);
     memset(scratch, 0, zeros - scratch);
     const Layout *s = &task->plain;
-    task->head = index / call->bands % call->heads;
+    task->turn = index / call->bands % call->heads;
+    task->head = head_at(call, task->turn);
     task->n = index / call->bands / call->heads;
     task->channel = task->head * call->head_dim;
     int64_t band = index % call->bands;

@@ -116,7 +116,7 @@ static void finish_row(Task *task, int64_t row) {
     if ((row + 1) % g->rows && row + 1 < task->end) return;
     int64_t first = row - row % g->rows;
     if (first < task->begin) first = task->begin;
-    add_rows(g, call, task->n, task->head, first, row + 1 - first);
+    add_rows(g, call, task->n, task->turn, first, row + 1 - first);
 }
 
 /* Writes the finished rows of the gradients' rings, those before `until`, if they are the band's. */

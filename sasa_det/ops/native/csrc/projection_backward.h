@@ -50,9 +50,9 @@ static void pack_weights(const ProjectionGradients *gradients, const AttentionCa
     }
 }
 
-/* Waits until it is the turn of this head. */
-static void wait_for_turn(const int32_t *turn, int64_t head) {
-    for (int64_t tries = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != head; tries++)
+/* Waits until as many heads as come before this one are done. */
+static void wait_for_turn(const int32_t *done, int64_t turn) {
+    for (int64_t tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; tries++)
         if (tries > 1000) sched_yield();
 }
 
@@ -63,7 +63,7 @@ INLINE float *block_row(const ProjectionGradients *gradients, const AttentionCal
 
 /* Adds what some rows of the block give, which are complete. */
 static void add_rows(const ProjectionGradients *gradients, const AttentionCall *call, int64_t n,
-                     int64_t head, int64_t first, int64_t rows) {
+                     int64_t turn, int64_t first, int64_t rows) {
     const ProjectionGradients *const g = gradients;
     const Map *const input = &call->input, *const grad_input = &call->grad_input;
     const int64_t positions = rows * call->width, columns = g->columns;
@@ -74,12 +74,12 @@ static void add_rows(const ProjectionGradients *gradients, const AttentionCall *
         for (int64_t p = 0; p < positions; p++)
             for (int64_t c = 0; c < columns; c++) g->bias[c] += block[p * columns + c];
     if (!grad_input->data) return;
-    int32_t *const turn = call->turns + n * call->height + first;
-    wait_for_turn(turn, head);
+    int32_t *const done = call->heads_done + n * call->height + first;
+    wait_for_turn(done, turn);
     project_row(block, NULL, columns, positions, 3 * call->head_dim, g->weights, g->inputs,
-                head == 0 ? g->zeros : NULL,
+                turn == 0 ? g->zeros : NULL,
                 (float *)grad_input->data + row_start(grad_input, n, 0, first));
-    __atomic_store_n(turn, (int32_t)head + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(done, (int32_t)turn + 1, __ATOMIC_RELEASE);
 }
 
 /* Writes the gradients of the weights, and of the bias, to the partial sums `part`. */
