@@ -192,6 +192,35 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
             torch.library.opcheck(operator.default, (*tensors, *affine, heads, size))
 
 
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x[:1, ..., :1],
+        lambda x: x[:1, ..., :1, :],
+        lambda x: x[:1, ..., :1, :].transpose(2, 3),
+        lambda x: x[:1, ..., :1].transpose(2, 3),
+        lambda x: x[..., 1:-1, 1:-1],
+        lambda x: x[:, :, ::2, ::2],
+        lambda x: x.flip(1)[:, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_a_map_with_any_strides_are_those_of_a_dense_one(strided, layout, backend):
+    (whole, *_, rows, cols), options = make_inputs((2, 16, 9, 8, 2, 3), torch.float32)
+    x = strided(whole.to(memory_format=layout)).detach()
+    weight = torch.randn(48, x.shape[1], 1, 1) * 4**-0.5
+
+    def gradients_of(x):
+        leaves = [t.requires_grad_() for t in (x, weight, rows, cols)]
+        output = projected_attention(*leaves, **options)
+        return torch.autograd.grad(output.square().sum(), leaves)
+
+    for actual, wanted in zip(gradients_of(x), gradients_of(x.clone().contiguous())):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
 @pytest.mark.parametrize(("height", "row_by_row"), [(42, True), (41, False)])
 def test_many_threads_project_row_by_row_where_few_rows_are_computed_twice(

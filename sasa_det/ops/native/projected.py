@@ -54,9 +54,11 @@ def backward(
         # All heads add to it, one after another at each place.
         padded = torch.empty(
             (n, -(-channels // _WIDEST) * _WIDEST, height, width),
+            dtype=torch.float32,
+            device=call.x.device,
             memory_format=torch.channels_last,
         )
-        heads_done = torch.zeros((n, height), dtype=torch.int32)
+        heads_done = call.x.new_zeros((n, height), dtype=torch.int32)
         arguments.grad_input = library.Map.of(library.mapped(padded))
         arguments.heads_done = heads_done.data_ptr()
         grads.append(padded[:, :channels])

@@ -85,7 +85,7 @@ static int64_t run(Task *task, const void *call, int64_t tasks, int64_t bytes, i
             failed = 1;
         }
 #pragma omp barrier
-#pragma omp for schedule(monotonic : dynamic, 1)
+#pragma omp for schedule(monotonic : dynamic, 1) /* not stolen from the end */
         for (int64_t index = 0; index < tasks; index++)
             if (!failed) task(call, index, scratch);
         restore(state);

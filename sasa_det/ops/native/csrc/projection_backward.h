@@ -2,8 +2,8 @@
    block by block of rows, so that no map of the former exists. Included once for each instruction set, by
    kernels.h.
 
-   All heads add to the same gradient of the input: head by head, so that no sum depends on who is first.
-   Each waits with a block until the one before it is done there, which has begun before it. */
+   All heads add to the same gradient of the input, one after another, so that no sum depends on who is
+   first: each waits with its rows until the one before it, which has begun before it, is done there. */
 
 #define BLOCK_POSITIONS 160 /* at least, where the map has them: the more, the less often sums are read */
 
@@ -68,7 +68,9 @@ static void add_rows(const ProjectionGradients *gradients, const AttentionCall *
     const Map *const input = &call->input, *const grad_input = &call->grad_input;
     const int64_t positions = rows * call->width, columns = g->columns;
     const float *const block = block_row(g, call, first);
-    add_products((const float *)input->data + row_start(input, n, 0, first), input->stride_w,
+    /* A single row, or a single column, may have any stride. */
+    const int64_t stride = call->height > 1 ? input->stride_h / call->width : input->stride_w;
+    add_products((const float *)input->data + row_start(input, n, 0, first), stride,
                  call->in_channels, positions, block, columns, g->sums);
     if (call->bias)
         for (int64_t p = 0; p < positions; p++)
