@@ -197,6 +197,7 @@ def test_projecting_row_by_row_changes_nothing(shape, bands, layout, monkeypatch
     [
         lambda x: x[:1, ..., :1],
         lambda x: x[:1, ..., :1, :],
+        lambda x: x[:1, ..., :1, :5],
         lambda x: x[:1, ..., :1, :].transpose(2, 3),
         lambda x: x[:1, ..., :1].transpose(2, 3),
         lambda x: x[..., 1:-1, 1:-1],
@@ -233,6 +234,29 @@ def test_many_threads_project_row_by_row_where_few_rows_are_computed_twice(
     operators = counter.get_flop_counts()["Global"]
     assert (torch.ops.sasa_det.projected_attention in operators) == row_by_row
     assert (torch.ops.sasa_det.local_attention in operators) != row_by_row
+
+
+@pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
+def test_what_needs_no_gradient_is_not_differentiated():
+    (x, *_, rows, cols), options = make_inputs((1, 16, 9, 8, 2, 3), torch.float32)
+    weight = torch.randn(48, 16, 1, 1) * 4**-0.5
+    product = 2 * weight.numel() * 9 * 8
+    flops = {}
+    for needed in ((0, 1, 2, 3), (0, 2, 3), (1, 2, 3), (2, 3)):
+        leaves = [
+            t.detach().requires_grad_(i in needed) for i, t in enumerate((x, weight, rows, cols))
+        ]
+        with use_backend("native"):
+            output = projected_attention(*leaves, **options)
+            with FlopCounterMode(display=False) as counter:
+                grads = torch.autograd.grad(output.square().sum(), [leaves[i] for i in needed])
+        flops[needed] = counter.get_total_flops()
+        if len(needed) == 4:
+            everything = dict(zip(needed, grads))
+        assert all(torch.equal(grad, everything[i]) for i, grad in zip(needed, grads))
+    assert flops[0, 1, 2, 3] - flops[0, 2, 3] == product
+    assert flops[0, 1, 2, 3] - flops[1, 2, 3] == product
+    assert flops[0, 1, 2, 3] - flops[2, 3] == 2 * product
 
 
 @pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")

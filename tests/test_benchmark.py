@@ -19,7 +19,7 @@ from sasa_det.analysis import charts, report, workloads
 from sasa_det.analysis.comparison import Comparison, Row
 from sasa_det.analysis.memory import PeakMemory, peak_memory
 from sasa_det.analysis.peers import PEERS, available_peers
-from sasa_det.analysis.timing import SLOW, SLOW_ROUNDS, Steps, race, reason
+from sasa_det.analysis.timing import SHORTEST_SAMPLE, SLOW, SLOW_ROUNDS, Steps, race, reason
 from sasa_det.analysis.workloads import CONVOLUTION, OURS, LayerShape, Setting
 from sasa_det.config import load_config
 from sasa_det.layers import LocalSelfAttention2d
@@ -98,8 +98,9 @@ def test_shapes_are_those_of_the_built_model():
 
 def test_contestants_take_turns_and_a_failing_one_does_not_stop_the_others():
     turns = []
+    once = 1.2 * SHORTEST_SAMPLE  # is long enough for a sample
 
-    def contestant(name, seconds=6e-3):
+    def contestant(name, seconds=once):
         def step():
             turns.append(name)
             time.sleep(seconds)
@@ -110,12 +111,12 @@ def test_contestants_take_turns_and_a_failing_one_does_not_stop_the_others():
         raise RuntimeError("No such kernel. And more.")
 
     builds = {"a": contestant("a"), "b": failing, "c": contestant("c")}
-    builds["slow"] = contestant("slow", 6e-3 * SLOW * 1.5)
+    builds["slow"] = contestant("slow", once * SLOW * 1.5)
     seconds, failures = race(builds, SLOW_ROUNDS + 2, "cpu")
     assert failures == {"b": "No such kernel"}
     assert turns[-3 * SLOW_ROUNDS - 4 :] == ["a", "c", "slow"] * SLOW_ROUNDS + ["a", "c"] * 2
     assert [len(seconds[name]) for name in ("a", "c", "slow")] == [5, 5, 3]
-    assert min(seconds["a"]) >= 6e-3
+    assert min(seconds["a"]) >= once
 
 
 def test_out_of_memory_is_said_so():

@@ -31,7 +31,7 @@ class PeakMemory(NamedTuple):
     """Bytes.
 
     Attributes:
-        step (int): the peak during a step, above what held model and input before it.
+        step (int): the peak during a step, above what held the model and all that it is given.
         total (int): the peak of the whole process on the CPU; on CUDA that of the contestant's
             model, input and step together.
     """

@@ -204,14 +204,15 @@ def build_layer(
     layer = make_layer(implementation, shape)
     peer = PEERS.get(implementation)
     sizes = [(WARM_UP_MAP, WARM_UP_MAP), (shape.height, shape.width)]
-    if peer is not None and peer.compiled:
-        sizes[0] = sizes[1]  # compiled for this shape before anything is measured
     inputs = [
         torch.randn(setting.batch, shape.in_channels, *size, requires_grad=training)
         for size in sizes
     ]
-    outputs = (shape.out_channels, shape.stride)
-    return _module_steps(layer, inputs, outputs, setting, memory_format, training, backend)
+    of_outputs = (shape.out_channels, shape.stride)
+    steps = _module_steps(layer, inputs, *of_outputs, setting, memory_format, training, backend)
+    if peer is not None and peer.compiled:
+        return Steps(steps.step, steps.step)  # compiled for this shape before all is measured
+    return steps
 
 
 def build_stem(
@@ -220,8 +221,8 @@ def build_stem(
     """The stem of a config's ResNet; the image gets no gradient."""
     stem = build_model(_on_cpu(config)).backbone.bottom_up.stem
     images = [torch.randn(setting.batch, 3, size, size) for size in (WARM_UP_IMAGE, image_size)]
-    outputs = (stem.out_channels, stem.stride)
-    return _module_steps(stem, images, outputs, setting, memory_format, training)
+    of_outputs = (stem.out_channels, stem.stride)
+    return _module_steps(stem, images, *of_outputs, setting, memory_format, training)
 
 
 def build_detector(
@@ -322,21 +323,21 @@ def serving_backends(
 def _module_steps(
     module: nn.Module,
     inputs: list[Tensor],
-    outputs: tuple[int, int],
+    out_channels: int,
+    stride: int,
     setting: Setting,
     memory_format: str,
     training: bool,
     backend: str | None = None,
 ) -> Steps:
-    """Of a module whose outputs have these channels and this stride, a step for each input."""
+    """Of a module whose outputs have these channels and this stride: a step for each input."""
     module = _place(module, setting, memory_format).train(training)
-    channels, stride = outputs
     steps = []
     for x in inputs:
         height, width = (-(-size // stride) for size in x.shape[2:])
         leaf = _place(x.detach(), setting, memory_format).requires_grad_(x.requires_grad)
-        grad = torch.ones(len(x), channels, height, width) if training else None
-        grad = grad if grad is None else _place(grad, setting, memory_format)
+        ones = torch.ones(len(x), out_channels, height, width)
+        grad = _place(ones, setting, memory_format) if training else None
         steps.append(partial(_run_module, module, backend, leaf, grad))
     return Steps(*steps)
 

@@ -25,7 +25,7 @@ class Implementation(Protocol):
     """What a backend has for an operator: a module with these functions."""
 
     def refuses(self, call: Any, /) -> str | None:
-        """Why this call, an AttentionCall or StemCall, is not served; None if it is."""
+        """Why this call is not served; None if it is."""
 
     def forward(self, call: Any, /) -> Any:
         """What the operator returns."""

@@ -164,9 +164,12 @@ class _FusedAttention(torch.autograd.Function):
         arguments: tuple[Any, ...] = (*tensors, None, None, None, ctx.num_heads, ctx.kernel_size)
         grad_residual = grad_output if ctx.needs_input_grad[5] else None
         if find("projected_attention", ProjectedCall(*arguments)) is not None:
-            of_input = ctx.needs_input_grad[0]
-            grads = projected_attention_backward_op(grad_output, logsumexp, of_input, *arguments)
-            tensors[0] = tensors[0] if of_input else None
+            of_input, of_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+            grads = projected_attention_backward_op(
+                grad_output, logsumexp, of_input, of_weight, *arguments
+            )
+            asked_for = (of_input, of_weight, of_weight, True, True)
+            tensors = [t if asked else None for t, asked in zip(tensors, asked_for)]
             return *align(grads, tensors), grad_residual, None, None
         # The backend or the number of threads was changed since the forward.
         grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)

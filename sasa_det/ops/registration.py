@@ -102,18 +102,24 @@ def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
 @custom_op(
     "sasa_det::projected_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor logsumexp, bool input_gradient, {_PROJECTED}) -> Tensor[]",
+    schema="(Tensor grad_output, Tensor logsumexp, bool input_gradient, bool weight_gradient, "
+    f"{_PROJECTED}) -> Tensor[]",
 )
 @_without_autocast
 def projected_attention_backward_op(
-    grad_output: Tensor, logsumexp: Tensor, input_gradient: bool, *arguments: Any
+    grad_output: Tensor,
+    logsumexp: Tensor,
+    input_gradient: bool,
+    weight_gradient: bool,
+    *arguments: Any,
 ) -> list[Tensor]:
-    """Gradients of the tensors that are not None, x's first and only if asked for. Residual, scale
-    and shift are not looked at."""
+    """Gradients of x, and of weight and bias, as far as they are asked for, and of the embeddings;
+    without those of tensors that are None. Residual, scale and shift are not looked at."""
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
     implementation = choose("projected_attention", call)
-    return implementation.backward(call, grad_output, logsumexp, input_gradient)
+    asked_for = (input_gradient, weight_gradient)
+    return implementation.backward(call, grad_output, logsumexp, *asked_for)
 
 
 @custom_op(
@@ -198,10 +204,11 @@ def _(*arguments):
 
 
 @projected_attention_backward_op.register_fake
-def _(grad_output, logsumexp, input_gradient, *arguments):
+def _(grad_output, logsumexp, input_gradient, weight_gradient, *arguments):
     call = ProjectedCall(*arguments)
     grads = [empty_map(call.x, call.x.shape[1])] if input_gradient else []
-    return grads + _contiguous_gradients(call[1:5])
+    weights = (call.weight, call.bias) if weight_gradient else ()
+    return grads + _contiguous_gradients((*weights, call.rel_rows, call.rel_cols))
 
 
 @residual_projection_op.register_fake
@@ -311,12 +318,13 @@ def _(x, weight, *arguments, out_shape=None) -> int:
 
 
 @register_flop_formula(torch.ops.sasa_det.projected_attention_backward)
-def _(grad_output, logsumexp, input_gradient, x, weight, *arguments, out_shape=None) -> int:
-    """The projection anew, and a product each for the gradients of the weight and of x."""
-    _bias, rel_rows, *_, kernel_size = arguments
+def _(grad_output, logsumexp, *arguments, out_shape=None) -> int:
+    """The projection anew, and a product each for the gradients of x and of the weight."""
+    input_gradient, weight_gradient, x, weight, _bias, rel_rows, *_, kernel_size = arguments
     relative = rel_rows is not None
     attention = flops.local_attention_backward_flops(grad_output, kernel_size, relative=relative)
-    return (2 + input_gradient) * flops.projection_flops(x, weight) + attention
+    products = 1 + input_gradient + weight_gradient
+    return products * flops.projection_flops(x, weight) + attention
 
 
 @register_flop_formula(torch.ops.sasa_det.residual_projection)

@@ -38,7 +38,7 @@ def backward(
 def run_backward(
     arguments: library.AttentionArguments, call: AttentionCall | ProjectedCall, grad_output: Tensor
 ) -> list[Tensor]:
-    """Fills the other gradients and returns those of the embeddings."""
+    """Fills the gradients that the arguments point to, and returns those of the embeddings."""
     arguments.grad_output = library.Map.of(grad_output)
     if call.rel_rows is None:
         library.run("sasa_det_attention_backward", arguments)

@@ -55,7 +55,8 @@ class AttentionArguments(ctypes.Structure):
         *((name, Map) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         ("grad_embeddings", _FLOATS),
         ("grad_input", Map),
-        *((name, _FLOATS) for name in ("grad_projection", "grad_bias", "heads_done")),
+        *((name, _FLOATS) for name in ("grad_projection", "grad_bias")),
+        ("heads_done", ctypes.c_void_p),
     )
 
 

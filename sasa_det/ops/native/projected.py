@@ -43,10 +43,14 @@ def forward(call: ProjectedCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: ProjectedCall, grad_output: Tensor, logsumexp: Tensor, input_gradient: bool
+    call: ProjectedCall,
+    grad_output: Tensor,
+    logsumexp: Tensor,
+    input_gradient: bool,
+    weight_gradient: bool,
 ) -> list[Tensor]:
-    """Gradients of ``x``, where it is asked for, of the tensors that are not None, but for what is
-    added and scaled."""
+    """Gradients of x, weight and bias, as far as they are asked for, and of the embeddings; without
+    those of tensors that are None."""
     arguments, _kept = _arguments(call, logsumexp)
     n, channels, height, width = call.x.shape
     grads: list[Tensor] = []
@@ -62,14 +66,11 @@ def backward(
         arguments.grad_input = library.Map.of(library.mapped(padded))
         arguments.heads_done = heads_done.data_ptr()
         grads.append(padded[:, :channels])
+    weights = [t for t in (call.weight, call.bias) if t is not None and weight_gradient]
     # Each image and band adds up its own part, as for the embeddings.
-    parts = [
-        tensor.new_empty((n * arguments.bands, *tensor.shape))
-        for tensor in (call.weight, call.bias)
-        if tensor is not None
-    ]
-    arguments.grad_projection = parts[0].data_ptr()
-    arguments.grad_bias = None if call.bias is None else parts[1].data_ptr()
+    parts = [t.new_empty((n * arguments.bands, *t.shape)) for t in weights]
+    for name, part in zip(("grad_projection", "grad_bias"), parts):
+        setattr(arguments, name, part.data_ptr())
     embeddings = run_backward(arguments, call, grad_output)
     grads = [grad.contiguous(memory_format=memory_format(call.x)) for grad in grads]
     return [*grads, *(part.sum(dim=0) for part in parts), *embeddings]

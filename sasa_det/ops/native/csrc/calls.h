@@ -34,8 +34,9 @@ typedef struct {
        (batch, bands, 2, heads, kernel_size, head_dim / 2). */
     Map grad_output, grad_query, grad_key, grad_value;
     float *grad_embeddings;
-    /* Instead of those of queries, keys and values, where they are projected here. */
-    Map grad_input;                   /* as input; rows have no gaps, channels are padded to WIDEST */
+    /* Instead of those of queries, keys and values, where they are projected here; NULL for what is not
+       asked for. */
+    Map grad_input;                   /* floats in channels_last, channels padded to WIDEST */
     float *grad_projection, *grad_bias; /* (batch, bands) times the shapes above: partial sums */
     int32_t *heads_done;              /* (batch, height), zeros at first: see projection_backward.h */
 } AttentionCall;

@@ -213,8 +213,8 @@ static void project_rows(Task *task, int64_t from, int64_t until) {
     }
 }
 
-/* Which head is computed at a turn. Heads whose channels share a cache line, which threads would have to
-   take from each other, come far apart. */
+/* Which head is computed at a turn. In channels_last some heads share each cache line, which threads would
+   have to take from each other: they come far apart. */
 static int64_t head_at(const AttentionCall *call, int64_t turn) {
     const int64_t sharing = LINE / call->head_dim, lines = sharing > 1 ? call->heads / sharing : 0;
     if (turn >= sharing * lines) return turn;

@@ -116,7 +116,9 @@ static void finish_row(Task *task, int64_t row) {
     if ((row + 1) % g->rows && row + 1 < task->end) return;
     int64_t first = row - row % g->rows;
     if (first < task->begin) first = task->begin;
-    add_rows(g, call, task->n, task->turn, first, row + 1 - first);
+    const int64_t rows = row + 1 - first;
+    if (call->grad_projection) add_to_weights(g, call, task->n, first, rows);
+    if (call->grad_input.data) add_to_input(g, call, task->n, task->turn, first, rows);
 }
 
 /* Writes the finished rows of the gradients' rings, those before `until`, if they are the band's. */
@@ -217,5 +219,5 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     flush_gradients(&task, &flushed, task.next_row);
     const int64_t part = task.n * call->bands + index % call->bands;
     write_embedding_gradients(&task, part);
-    if (call->in_channels) write_gradients(&task.projection_gradients, call, part, task.head);
+    if (call->grad_projection) write_gradients(&task.projection_gradients, call, part, task.head);
 }

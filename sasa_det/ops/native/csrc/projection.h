@@ -4,16 +4,16 @@
    Weights stand in panels of some columns (output channels), each [channels][columns of the panel]. */
 
 #define PANEL 3 /* vectors of columns, at most */
-/* out[p] = start, or what it is, + sum over channels of x[p] times weights, for some positions p; `step`
-   and `weights_step` are from one channel to the next. Asks for the positions of the row `next`, where it
-   is given, line by line in between. */
+/* out[p] = start + sum over channels of x[p] times weights, for some positions p; added to out[p] where
+   there is no start. `step` and `weights_step` are from one channel to the next. Asks for the positions
+   of the row `next`, where it is given, line by line in between. */
 INLINE void project_tile(const int vectors, const int positions, const float *x, int64_t stride,
                          int64_t step, const float *weights, int64_t weights_step, int64_t channels,
                          const float *start, float *out, int64_t columns, const float *next) {
     V total[POSITIONS * PANEL], weight[PANEL];
     UNROLL for (int p = 0; p < positions; p++)
         UNROLL for (int v = 0; v < vectors; v++)
-            total[p * vectors + v] = load((start ? start : out + p * columns) + v * LANES);
+            total[p * vectors + v] = start ? load(start + v * LANES) : (V){0};
     for (int64_t line = 0; line < channels; line += LINE) {
         const int64_t end = line + LINE < channels ? line + LINE : channels;
         if (next)
@@ -26,6 +26,11 @@ INLINE void project_tile(const int vectors, const int positions, const float *x,
                     total[p * vectors + v] += x[p * stride + c * step] * weight[v];
         }
     }
+    /* Sums of sums: rounding does not grow with all that is added up. */
+    if (!start)
+        UNROLL for (int p = 0; p < positions; p++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                total[p * vectors + v] += load(out + p * columns + v * LANES);
     UNROLL for (int p = 0; p < positions; p++)
         UNROLL for (int v = 0; v < vectors; v++)
             store(out + p * columns + v * LANES, total[p * vectors + v]);
@@ -71,9 +76,9 @@ INLINE int64_t panel_at(int64_t column, int64_t columns) {
         default: BODY(3); break;                                                                   \
         }
 
-/* out[position][column] = start[column], or what it is, + sum over channels of x[position][channel] times
-   the weight; `columns` is a multiple of LANES. `next`, where it is given, is the row that will be
-   projected after this one. */
+/* out[position][column] = start[column] + sum over channels of x[position][channel] times the weight;
+   added to it where there is no start. `columns` is a multiple of LANES. `next`, where it is given, is the
+   row that will be projected after this one. */
 static void project_row(const float *x, const float *next, int64_t stride, int64_t width,
                         int64_t channels, const float *weights, int64_t columns,
                         const float *start, float *out) {

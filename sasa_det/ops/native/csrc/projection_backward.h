@@ -41,7 +41,7 @@ static void pack_weights(const ProjectionGradients *gradients, const AttentionCa
     const int64_t in = call->in_channels, inputs = gradients->inputs, channels = call->head_dim;
     for (int64_t first = 0, panel; first < inputs; first += panel) {
         panel = panel_at(first, inputs);
-        const int64_t count = in - first < panel ? in - first : panel;
+        const int64_t left = in > first ? in - first : 0, count = left < panel ? left : panel;
         for (int64_t i = 0; i < 3 * channels; i++) {
             const int64_t row = (i / channels * call->heads + head) * channels + i % channels;
             copy(gradients->weights + first * 3 * channels + i * panel,
@@ -53,7 +53,7 @@ static void pack_weights(const ProjectionGradients *gradients, const AttentionCa
 /* Waits until as many heads as come before this one are done. */
 static void wait_for_turn(const int32_t *done, int64_t turn) {
     for (int64_t tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; tries++)
-        if (tries > 1000) sched_yield();
+        if (tries > 1000) sched_yield(); /* there may be fewer processors than threads */
 }
 
 /* Where the block has this row of the map. */
@@ -61,25 +61,33 @@ INLINE float *block_row(const ProjectionGradients *gradients, const AttentionCal
     return gradients->block + row % gradients->rows * call->width * gradients->columns;
 }
 
-/* Adds what some rows of the block give, which are complete. */
-static void add_rows(const ProjectionGradients *gradients, const AttentionCall *call, int64_t n,
-                     int64_t turn, int64_t first, int64_t rows) {
-    const ProjectionGradients *const g = gradients;
-    const Map *const input = &call->input, *const grad_input = &call->grad_input;
-    const int64_t positions = rows * call->width, columns = g->columns;
-    const float *const block = block_row(g, call, first);
+/* Adds to the gradients of the weights, and of the bias, what some rows of the block give. */
+static void add_to_weights(const ProjectionGradients *gradients, const AttentionCall *call, int64_t n,
+                           int64_t first, int64_t rows) {
+    const Map *const input = &call->input;
+    const int64_t positions = rows * call->width, columns = gradients->columns;
+    const float *const block = block_row(gradients, call, first);
     /* A single row, or a single column, may have any stride. */
     const int64_t stride = call->height > 1 ? input->stride_h / call->width : input->stride_w;
     add_products((const float *)input->data + row_start(input, n, 0, first), stride,
-                 call->in_channels, positions, block, columns, g->sums);
-    if (call->bias)
-        for (int64_t p = 0; p < positions; p++)
-            for (int64_t c = 0; c < columns; c++) g->bias[c] += block[p * columns + c];
-    if (!grad_input->data) return;
+                 call->in_channels, positions, block, columns, gradients->sums);
+    if (!call->bias) return;
+    for (int64_t c = 0; c < columns; c++) {
+        float sum = 0;
+        for (int64_t p = 0; p < positions; p++) sum += block[p * columns + c];
+        gradients->bias[c] += sum;
+    }
+}
+
+/* Adds to the gradient of the input what some rows of the block give. */
+static void add_to_input(const ProjectionGradients *gradients, const AttentionCall *call, int64_t n,
+                         int64_t turn, int64_t first, int64_t rows) {
+    const ProjectionGradients *const g = gradients;
+    const Map *const grad_input = &call->grad_input;
     int32_t *const done = call->heads_done + n * call->height + first;
     wait_for_turn(done, turn);
-    project_row(block, NULL, columns, positions, 3 * call->head_dim, g->weights, g->inputs,
-                turn == 0 ? g->zeros : NULL,
+    project_row(block_row(g, call, first), NULL, g->columns, rows * call->width, 3 * call->head_dim,
+                g->weights, g->inputs, turn == 0 ? g->zeros : NULL,
                 (float *)grad_input->data + row_start(grad_input, n, 0, first));
     __atomic_store_n(done, (int32_t)turn + 1, __ATOMIC_RELEASE);
 }
