@@ -12,6 +12,7 @@ from commands import ROOT, start_server
 from hypothesis import settings
 
 from sasa_det.ops import available_backends, use_backend
+from sasa_det.ops.native import library
 
 CONFIGS = ROOT / "configs"
 # A slice of real COCO in detectron2's layout; users do not have it.
@@ -51,6 +52,15 @@ def call_tool(monkeypatch, capsys) -> Callable[..., tuple[str | int | None, str]
         return code, printed.out + printed.err
 
     return run
+
+
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    """The native kernels run with each in turn, as far as this machine has it."""
+    level = library.INSTRUCTION_SETS.index(request.param)
+    if available_backends()["native"] is not None or level > library.instruction_set():
+        pytest.skip(f"this machine cannot run {request.param}")
+    monkeypatch.setattr(library, "instruction_set", lambda: level)
 
 
 @pytest.fixture(scope="session")

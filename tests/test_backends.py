@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import sasa_det.ops
 from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
 from sasa_det.ops.calls import LARGE_BLOCK
-from sasa_det.ops.native import library
 
 # Beside those of the operator's tests: maps of one vector a row to four, whole and with a rest, and
 # heads of 8, 12, 32 and 48 channels.
@@ -60,15 +59,6 @@ def test_every_backend_is_close_to_float64(shape, dtype, relative, layout, backe
     inputs, options = make_inputs(shape, dtype, relative=relative)
     inputs[:3] = [x.to(memory_format=layout) for x in inputs[:3]]
     assert_equal_to_float64(inputs, options, dtype)
-
-
-@pytest.fixture(params=library.INSTRUCTION_SETS)
-def instruction_set(request, monkeypatch):
-    """The native kernels run with each in turn, as far as this machine has it."""
-    level = library.INSTRUCTION_SETS.index(request.param)
-    if available_backends()["native"] is not None or level > library.instruction_set():
-        pytest.skip(f"this machine cannot run {request.param}")
-    monkeypatch.setattr(library, "instruction_set", lambda: level)
 
 
 @pytest.mark.usefixtures("instruction_set")

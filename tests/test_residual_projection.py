@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from sasa_det.ops import available_backends, residual_projection, use_backend
-from sasa_det.ops.native import library
 
 EPSILON = torch.finfo(torch.float32).eps
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -31,13 +30,8 @@ SHAPES = [
 ]
 
 
-@native
-@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
-def test_every_instruction_set_computes_the_formula(name, monkeypatch):
-    level = library.INSTRUCTION_SETS.index(name)
-    if level > library.instruction_set():
-        pytest.skip(f"this machine cannot run {name}")
-    monkeypatch.setattr(library, "instruction_set", lambda: level)
+@pytest.mark.usefixtures("instruction_set")
+def test_every_instruction_set_computes_the_formula():
     with use_backend("native"):
         for shape, out_channels in SHAPES:
             assert_it_is_the_formula(make_inputs(shape, out_channels))

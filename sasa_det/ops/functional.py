@@ -224,10 +224,15 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     return call
 
 
+def makes_a_program() -> bool:
+    """Whether what is called is to be traced or compiled, and not only computed."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def runs_eagerly(x: Tensor) -> bool:
     """Whether what is made of ``x`` needs no gradient, no autocast, and is not to be a program."""
     device_type = x.device.type
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or makes_a_program():
         return False
     available = torch.amp.is_autocast_available(device_type)
     return not (available and torch.is_autocast_enabled(device_type))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
-from .functional import cast_for_autocast, local_attention
+from .functional import cast_for_autocast, local_attention, makes_a_program
 from .registration import (
     align,
     local_attention_backward_op,
@@ -59,8 +59,7 @@ def projected_attention(
     added = (residual, output_scale, output_shift)
     arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)
     # A compiler makes its own of a convolution.
-    in_one = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-    if not in_one or find("projected_attention", ProjectedCall(*arguments)) is None:
+    if makes_a_program() or find("projected_attention", ProjectedCall(*arguments)) is None:
         return add_and_scale(_in_two_steps(tensors, num_heads, kernel_size), *added)
     if not torch.is_grad_enabled():
         return projected_attention_op(*arguments)[0]

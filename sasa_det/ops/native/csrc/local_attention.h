@@ -76,7 +76,9 @@ static char *lay_out(Task *task, char *scratch, char **zeros) {
         task->rel_cols = take(&scratch, embeddings, sizeof(float));
         task->grad_rel_rows = take(&scratch, embeddings, sizeof(float));
         task->grad_rel_cols = take(&scratch, embeddings, sizeof(float));
-        if (call->in_channels) lay_out_gradients(&task->projection_gradients, call, &scratch);
+        if (call->in_channels)
+            lay_out_gradients(&task->projection_gradients, call, task->columns, task->radius + 1,
+                              &scratch);
     }
     *zeros = scratch;
     task->keys = take(&scratch, task->size, sizeof(float *));

@@ -21,12 +21,11 @@ typedef struct {
 
 /* All of it has to be zero at first. */
 static void lay_out_gradients(ProjectionGradients *gradients, const AttentionCall *call,
-                              char **scratch) {
+                              int64_t columns, int64_t ring_rows, char **scratch) {
     ProjectionGradients *const g = gradients;
     const int64_t rows = ceil_div(BLOCK_POSITIONS, call->width), channels = 3 * call->head_dim;
-    const int64_t ring_rows = call->kernel_size / 2 + 1;
     g->rows = rows < call->height ? rows : call->height;
-    g->columns = ceil_div(channels, LANES) * LANES;
+    g->columns = columns;
     g->inputs = ceil_div(call->in_channels, WIDEST) * WIDEST;
     g->block = take(scratch, g->rows * call->width * g->columns, sizeof(float));
     g->weights = take(scratch, channels * g->inputs, sizeof(float));
