@@ -82,7 +82,7 @@ def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> La
     from .kernels import forward_kernel
 
     arguments = _arguments(call, output=output)
-    arguments |= {"logsumexp": logsumexp, "num_heads": call.num_heads}
+    arguments |= {"logsumexp": logsumexp}
     return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), options(call))
 
 
@@ -116,20 +116,24 @@ def key_value_gradient_launch(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> Launch:
-    """Writes ``grad_key`` and ``grad_value``; reads the ``mean`` of ``query_gradient_launch``."""
+    """Writes ``grad_key`` and ``grad_value``, which have the same strides; reads the ``mean`` of ``query_gradient_launch``."""
     from .backward_kernels import key_value_gradient_kernel
 
-    arguments = _arguments(call, grad_output=grad_output, grad_key=grad_key, grad_value=grad_value)
-    arguments |= {"logsumexp": logsumexp, "mean": mean, "num_heads": call.num_heads}
+    arguments = _arguments(call, grad_output=grad_output, grad_key=grad_key)
+    arguments |= {"logsumexp": logsumexp, "mean": mean, "grad_value": grad_value}
     return Launch(
         key_value_gradient_kernel, _tiles_grid(call), arguments, constants(call), options(call)
     )
 
 
 def options(call: AttentionCall) -> dict[str, int]:
-    # Two warps: a tile of 32 queries has two rows of 16 for the tensor cores. Those have no
-    # float32; plain multiply-adds need the registers of more threads.
-    return {"num_warps": 4 if call.query.dtype == torch.float32 else 2, "num_stages": 2}
+    # One warp, where its registers suffice: keys go from shared memory to the tensor cores once for
+    # all queries of a tile. Those have no float32; plain multiply-adds need more threads.
+    if call.query.dtype == torch.float32:
+        return {"num_warps": 4, "num_stages": 2}
+    tile = constants(call)
+    fits = tile["PADDED_DIM"] <= 32 and tile["KERNEL_PAD"] <= 8
+    return {"num_warps": 1 if fits else 2, "num_stages": 3}
 
 
 def constants(call: AttentionCall) -> dict[str, Any]:
@@ -143,6 +147,7 @@ def constants(call: AttentionCall) -> dict[str, Any]:
     block_w = max(8, next_power_of_2(call.kernel_size - 1))
     halo_w = 2 * block_w  # room for block_w + kernel_size - 1
     return {
+        "NUM_HEADS": call.num_heads,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # 16: the least depth of a product
         "KERNEL_SIZE": call.kernel_size,
@@ -159,14 +164,18 @@ def constants(call: AttentionCall) -> dict[str, Any]:
 
 def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
     """Query, key, value and these maps with their strides, and what else all kernels take."""
-    maps |= {"query": call.query, "key": call.key, "value": call.value}
+    key, value = call.key, call.value
+    if key.stride() != value.stride():  # those of one projection have the same
+        key, value = torch.cat([key, value], dim=1).chunk(2, dim=1)
+    maps |= {"query": call.query, "key": key}
     strides = {f"{name}_strides": x.stride() for name, x in maps.items()}
     embeddings = {
         name: None if x is None else x.contiguous()
         for name, x in (("rel_rows", call.rel_rows), ("rel_cols", call.rel_cols))
     }
     height, width = call.query.shape[2:]
-    return {**maps, **strides, **embeddings, "height": height, "width": width}
+    sizes = {"height": height, "width": width}
+    return {**maps, "value": value, **strides, **embeddings, **sizes}
 
 
 def _tiles_grid(call: AttentionCall) -> tuple[int, int, int]:

@@ -6,13 +6,16 @@ import triton.language as tl
 from .kernels import (
     LOG2_E,
     axis_logits,
+    base_of,
+    clamp,
     convert,
     dot,
-    load_map,
+    load,
     load_table,
-    positions,
-    store_map,
+    offsets_of,
+    store,
     tile_of_program,
+    within,
 )
 
 
@@ -38,13 +41,13 @@ def query_gradient_kernel(
     partial_sums,
     query_strides,
     key_strides,
-    value_strides,
     output_strides,
     grad_output_strides,
     grad_query_strides,
     num_images,
     height,
     width,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
@@ -66,32 +69,39 @@ def query_gradient_kernel(
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
     T: tl.constexpr = 2 * KERNEL_PAD
-    head, num_heads = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(0)
     tiles_across = tl.cdiv(width, BLOCK_W)
     tiles = tiles_across * tl.cdiv(height, BLOCK_H)
+    tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
+    chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
+    halo_cols = tl.arange(0, HALO_W)
+    col_offset = halo_cols[None] - tile_cols[:, None]
+    col_window = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
     if RELATIVE:
         table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
         table_total = tl.zeros([T, PADDED_DIM], tl.float32)
     for index in range(tl.program_id(1), num_images * tiles, tl.num_programs(1)):
         n, tile = index // tiles, index % tiles
         top, left = tile // tiles_across * BLOCK_H, tile % tiles_across * BLOCK_W
-        rows, cols, inside = positions(top, left, height, width, M, BLOCK_W)
-        q = load_map(query, query_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
-        grad = load_map(
-            grad_output, grad_output_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM
-        )
-        out = load_map(output, output_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
+        rows, cols = top + tile_rows, left + tile_cols
+        inside = (rows < height) & (cols < width)
+        near_rows, near_cols = clamp(rows, height), clamp(cols, width)
+        offsets = offsets_of(query_strides, near_rows, near_cols, PADDED_DIM)
+        q = load(base_of(query, query_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
+        offsets = offsets_of(grad_output_strides, near_rows, near_cols, PADDED_DIM)
+        base = base_of(grad_output, grad_output_strides, n, head, HEAD_DIM)
+        grad = load(base, offsets, HEAD_DIM, PADDED_DIM)
+        offsets = offsets_of(output_strides, near_rows, near_cols, PADDED_DIM)
+        base = base_of(output, output_strides, n, head, HEAD_DIM)
+        out = load(base, offsets, HEAD_DIM, PADDED_DIM)
         tile_mean = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        plane = (n.to(tl.int64) * num_heads + head) * height * width
+        plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
         position = rows * width + cols
         tl.store(mean + plane + position, tile_mean, mask=inside)
         # Outside the map the weights come out as zero.
         lse = tl.load(logsumexp + plane + position, mask=inside, other=float("inf"))
 
-        halo_cols = left - RADIUS + tl.arange(0, HALO_W)
-        col_offset = halo_cols[None] - cols[:, None] + RADIUS
-        col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
-        col_seen = col_seen & (halo_cols >= 0)[None] & (halo_cols < width)[None]
+        col_seen = col_window & within(left - RADIUS + halo_cols, width)[None]
         if RELATIVE:
             table_logits = dot(q, tl.trans(table), tl.zeros([M, T], tl.float32), PRECISION)
             col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 1)
@@ -99,21 +109,19 @@ def query_gradient_kernel(
             grad_rows = tl.zeros([M, CHUNKS, CHUNK_H], tl.float32)
         else:
             col_logits = tl.where(col_seen, 0.0, float("-inf"))
+        key_base = base_of(key, key_strides, n, head, HEAD_DIM)
+        value_base = base_of(value, key_strides, n, head, HEAD_DIM)
+        key_cols = clamp(left - RADIUS + chunk_cols, width)
         result = tl.zeros([M, PADDED_DIM], tl.float32)
-        start = tl.maximum(top - RADIUS, 0)
-        for first in range(start, tl.minimum(top + BLOCK_H + RADIUS, height), CHUNK_H):
-            key_rows, key_cols, key_inside = positions(
-                first, left - RADIUS, height, width, P, HALO_W
-            )
-            k = load_map(
-                key, key_strides, n, head, key_rows, key_cols, key_inside, HEAD_DIM, PADDED_DIM
-            )
-            v = load_map(
-                value, value_strides, n, head, key_rows, key_cols, key_inside, HEAD_DIM, PADDED_DIM
-            )
+        for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
+            key_rows = clamp(top - RADIUS + first + chunk_rows, height)
+            offsets = offsets_of(key_strides, key_rows, key_cols, PADDED_DIM)
+            k = load(key_base, offsets, HEAD_DIM, PADDED_DIM)
+            v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
             halo_rows = first + tl.arange(0, CHUNK_H)
-            row_offset = halo_rows[None] - rows[:, None] + RADIUS
-            row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE) & (halo_rows < height)[None]
+            row_offset = halo_rows[None] - tile_rows[:, None]
+            row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE)
+            row_seen = row_seen & within(top - RADIUS + halo_rows, height)[None]
             if RELATIVE:
                 row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 1)
             else:
@@ -129,40 +137,31 @@ def query_gradient_kernel(
             if RELATIVE:
                 by_axis = tl.reshape(grad_chunk, [M, CHUNK_H, HALO_W])
                 grad_cols += tl.sum(by_axis, 1)
-                current = tl.arange(0, CHUNKS)[None, :, None] == (first - start) // CHUNK_H
+                current = tl.arange(0, CHUNKS)[None, :, None] == first // CHUNK_H
                 grad_rows = tl.where(current, tl.sum(by_axis, 2)[:, None, :], grad_rows)
         if RELATIVE:
             grad_rows = tl.reshape(grad_rows, [M, CHUNKS * CHUNK_H])
             offset = tl.arange(0, T)[None]
             grad_logits = gradient_of_offsets(
-                grad_rows, rows[:, None] - RADIUS - start + offset, offset < KERNEL_SIZE
+                grad_rows, tile_rows[:, None] + offset, offset < KERNEL_SIZE
             )
             offset -= KERNEL_PAD
             grad_logits += gradient_of_offsets(
-                grad_cols, cols[:, None] - left + offset, (offset >= 0) & (offset < KERNEL_SIZE)
+                grad_cols, tile_cols[:, None] + offset, (offset >= 0) & (offset < KERNEL_SIZE)
             )
             grad_logits = convert(grad_logits, q.dtype)
             result = dot(grad_logits, table, result, PRECISION)
             table_total = dot(tl.trans(grad_logits), q, table_total, PRECISION)
-        store_map(
-            grad_query,
-            grad_query_strides,
-            n,
-            head,
-            rows,
-            cols,
-            inside,
-            result,
-            HEAD_DIM,
-            PADDED_DIM,
-        )
+        offsets = offsets_of(grad_query_strides, rows, cols, PADDED_DIM)
+        base = base_of(grad_query, grad_query_strides, n, head, HEAD_DIM)
+        store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
-        program = tl.program_id(1) * num_heads + head
+        program = tl.program_id(1) * NUM_HEADS + head
         index = tl.arange(0, T)[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None]
         tl.store(partial_sums + program * T * PADDED_DIM + index, table_total)
 
 
-@triton.jit(do_not_specialize=["num_heads", "height", "width"])
+@triton.jit(do_not_specialize=["height", "width"])
 def key_value_gradient_kernel(
     query,
     key,
@@ -176,13 +175,11 @@ def key_value_gradient_kernel(
     grad_value,
     query_strides,
     key_strides,
-    value_strides,
     grad_output_strides,
     grad_key_strides,
-    grad_value_strides,
-    num_heads,
     height,
     width,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
@@ -201,44 +198,42 @@ def key_value_gradient_kernel(
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
-    n, head, top, left = tile_of_program(num_heads, BLOCK_H, BLOCK_W)
-    rows, cols, inside = positions(top, left, height, width, M, BLOCK_W)
-    k = load_map(key, key_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
-    v = load_map(value, value_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
+    T: tl.constexpr = 2 * KERNEL_PAD
+    n, head, top, left = tile_of_program(NUM_HEADS, BLOCK_H, BLOCK_W)
+    rows, cols = top + tl.arange(0, M) // BLOCK_W, left + tl.arange(0, M) % BLOCK_W
+    offsets = offsets_of(key_strides, clamp(rows, height), clamp(cols, width), PADDED_DIM)
+    k = load(base_of(key, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
+    v = load(base_of(value, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
         table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
-    tile_rows, tile_cols = top + tl.arange(0, BLOCK_H), left + tl.arange(0, BLOCK_W)
+
+    tile_rows, tile_cols = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_W)
+    chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
+    q_cols = left - RADIUS + chunk_cols
+    near_cols = clamp(q_cols, width)
+    # Of the offset from a query to a key: -RADIUS is 0.
+    col_offset = tile_cols[:, None] - chunk_cols[None] + 2 * RADIUS
+    col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE) & within(q_cols, width)[None]
+    query_base = base_of(query, query_strides, n, head, HEAD_DIM)
+    grad_base = base_of(grad_output, grad_output_strides, n, head, HEAD_DIM)
+    plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
     key_result = tl.zeros([M, PADDED_DIM], tl.float32)
     value_result = tl.zeros([M, PADDED_DIM], tl.float32)
-    plane = (n.to(tl.int64) * num_heads + head) * height * width
-    for first in range(
-        tl.maximum(top - RADIUS, 0), tl.minimum(top + BLOCK_H + RADIUS, height), CHUNK_H
-    ):
-        q_rows, q_cols, q_inside = positions(first, left - RADIUS, height, width, P, HALO_W)
-        q = load_map(query, query_strides, n, head, q_rows, q_cols, q_inside, HEAD_DIM, PADDED_DIM)
-        grad = load_map(
-            grad_output,
-            grad_output_strides,
-            n,
-            head,
-            q_rows,
-            q_cols,
-            q_inside,
-            HEAD_DIM,
-            PADDED_DIM,
-        )
-        position = q_rows * width + q_cols
-        # Queries outside the map have weights of zero.
-        lse = tl.load(logsumexp + plane + position, mask=q_inside, other=float("inf"))
-        q_mean = tl.load(mean + plane + position, mask=q_inside, other=0.0)
+    for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
+        q_rows = top - RADIUS + first + chunk_rows
+        near_rows = clamp(q_rows, height)
+        offsets = offsets_of(query_strides, near_rows, near_cols, PADDED_DIM)
+        q = load(query_base, offsets, HEAD_DIM, PADDED_DIM)
+        offsets = offsets_of(grad_output_strides, near_rows, near_cols, PADDED_DIM)
+        grad = load(grad_base, offsets, HEAD_DIM, PADDED_DIM)
+        position = near_rows * width + near_cols
+        lse = tl.load(logsumexp + plane + position)
+        q_mean = tl.load(mean + plane + position)
 
-        row_offset = tile_rows[:, None] - q_rows[None] + RADIUS
-        col_offset = tile_cols[:, None] - q_cols[None] + RADIUS
-        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE)
-        col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
+        row_offset = tile_rows[:, None] - (first + chunk_rows)[None] + 2 * RADIUS
+        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE) & within(q_rows, height)[None]
         if RELATIVE:
-            zeros = tl.zeros([2 * KERNEL_PAD, P], tl.float32)
-            table_logits = dot(table, tl.trans(q), zeros, PRECISION)
+            table_logits = dot(table, tl.trans(q), tl.zeros([T, P], tl.float32), PRECISION)
             row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 0)
             col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 0)
         else:
@@ -250,18 +245,10 @@ def key_value_gradient_kernel(
         value_result = dot(convert(weights, grad.dtype), grad, value_result, PRECISION)
         centred = dot(v, tl.trans(grad), tl.broadcast_to(-q_mean[None], [M, P]), PRECISION)
         key_result = dot(convert(weights * centred, q.dtype), q, key_result, PRECISION)
-    store_map(
-        grad_key, grad_key_strides, n, head, rows, cols, inside, key_result, HEAD_DIM, PADDED_DIM
-    )
-    store_map(
-        grad_value,
-        grad_value_strides,
-        n,
-        head,
-        rows,
-        cols,
-        inside,
-        value_result,
-        HEAD_DIM,
-        PADDED_DIM,
-    )
+
+    inside = (rows < height) & (cols < width)
+    offsets = offsets_of(grad_key_strides, rows, cols, PADDED_DIM)
+    base = base_of(grad_key, grad_key_strides, n, head, HEAD_DIM)
+    store(base, offsets, key_result, inside, HEAD_DIM, PADDED_DIM)
+    base = base_of(grad_value, grad_key_strides, n, head, HEAD_DIM)
+    store(base, offsets, value_result, inside, HEAD_DIM, PADDED_DIM)

@@ -6,6 +6,7 @@ PADDED_DIM, T for the 2 * KERNEL_PAD rows of a head's table of embeddings.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 from .launch import interpreted
 
@@ -33,57 +34,66 @@ def convert(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_of_program(num_heads, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+def log2(x):
+    if INTERPRETED:
+        return tl.log2(x)
+    return libdevice.fast_log2f(x)  # one instruction; the other one also knows subnormal numbers
+
+
+@triton.jit
+def tile_of_program(NUM_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """Image, head, top row and left column of the tile that this program works on."""
     index = tl.program_id(0)
     # Heads fastest: where channels are last, they share cache lines.
-    head = index % num_heads
-    return tl.program_id(2), head, tl.program_id(1) * BLOCK_H, index // num_heads * BLOCK_W
+    head = index % NUM_HEADS
+    return tl.program_id(2), head, tl.program_id(1) * BLOCK_H, index // NUM_HEADS * BLOCK_W
 
 
 @triton.jit
-def positions(top, left, height, width, SIZE: tl.constexpr, ACROSS: tl.constexpr):
-    """Rows, columns and "lies inside the map" of SIZE positions, ACROSS in a row."""
-    index = tl.arange(0, SIZE)
-    rows, cols = top + index // ACROSS, left + index % ACROSS
-    # No rows are negative, and negative columns are large unsigned numbers.
-    return rows, cols, (rows < height) & (cols.to(tl.uint32) < width.to(tl.uint32))
+def clamp(x, size):
+    """The nearest of the positions 0 to size - 1.
+
+    What lies outside the map is read from its border, and has no weight: that costs less than a
+    mask for each number.
+    """
+    return tl.minimum(tl.maximum(x, 0), size - 1)
 
 
 @triton.jit
-def map_pointers(
-    base, strides, n, head, rows, cols, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
-):
-    """(positions, D) pointers into an (N, C, H, W) map of any strides."""
-    base += n.to(tl.int64) * strides[0] + head * HEAD_DIM * strides[1]
-    channels = tl.arange(0, PADDED_DIM)
-    return base + (rows * strides[2] + cols * strides[3])[:, None] + (channels * strides[1])[None]
+def within(x, size):
+    """Whether these are positions 0 to size - 1."""
+    return x.to(tl.uint32) < size.to(tl.uint32)  # negative ones are large unsigned numbers
 
 
 @triton.jit
-def map_mask(inside, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+def base_of(pointer, strides, n, head, HEAD_DIM: tl.constexpr):
+    """Where a head begins in an (N, C, H, W) map."""
+    return pointer + n.to(tl.int64) * strides[0] + head * HEAD_DIM * strides[1]
+
+
+@triton.jit
+def offsets_of(strides, rows, cols, PADDED_DIM: tl.constexpr):
+    """(positions, D) offsets from ``base_of``."""
+    channels = tl.arange(0, PADDED_DIM)[None] * strides[1]
+    # In this order, because loops walk over rows, and what does not change is computed once.
+    return (rows * strides[2])[:, None] + ((cols * strides[3])[:, None] + channels)
+
+
+@triton.jit
+def load(base, offsets, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """(positions, D) of a head, with zeros as the padding of its channels."""
+    if HEAD_DIM == PADDED_DIM:
+        return tl.load(base + offsets)
+    return tl.load(base + offsets, (tl.arange(0, PADDED_DIM) < HEAD_DIM)[None], 0.0)
+
+
+@triton.jit
+def store(base, offsets, x, inside, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Writes (positions, D) of a head where they are inside the map."""
     mask = inside[:, None]
     if HEAD_DIM != PADDED_DIM:
         mask = mask & (tl.arange(0, PADDED_DIM) < HEAD_DIM)[None]
-    return mask
-
-
-@triton.jit
-def load_map(
-    base, strides, n, head, rows, cols, inside, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
-):
-    """(positions, D) of one head, zero outside the map."""
-    pointers = map_pointers(base, strides, n, head, rows, cols, HEAD_DIM, PADDED_DIM)
-    return tl.load(pointers, mask=map_mask(inside, HEAD_DIM, PADDED_DIM), other=0.0)
-
-
-@triton.jit
-def store_map(
-    base, strides, n, head, rows, cols, inside, x, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr
-):
-    pointers = map_pointers(base, strides, n, head, rows, cols, HEAD_DIM, PADDED_DIM)
-    mask = map_mask(inside, HEAD_DIM, PADDED_DIM)
-    tl.store(pointers, convert(x, base.dtype.element_ty), mask=mask)
+    tl.store(base + offsets, convert(x, base.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -118,7 +128,7 @@ def axis_logits(table_logits, offset, seen, FIRST: tl.constexpr, AXIS: tl.conste
     return tl.where(seen, tl.gather(table_logits, index, AXIS), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_heads", "height", "width"])
+@triton.jit(do_not_specialize=["height", "width"])
 def forward_kernel(
     query,
     key,
@@ -129,11 +139,10 @@ def forward_kernel(
     logsumexp,
     query_strides,
     key_strides,
-    value_strides,
     output_strides,
-    num_heads,
     height,
     width,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
@@ -145,17 +154,20 @@ def forward_kernel(
     CHUNK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries of one head."""
+    """One tile of queries of one head. The values have the keys' strides."""
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
-    n, head, top, left = tile_of_program(num_heads, BLOCK_H, BLOCK_W)
-    rows, cols, inside = positions(top, left, height, width, M, BLOCK_W)
-    q = load_map(query, query_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
+    P: tl.constexpr = CHUNK_H * HALO_W
+    n, head, top, left = tile_of_program(NUM_HEADS, BLOCK_H, BLOCK_W)
+    tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
+    rows, cols = top + tile_rows, left + tile_cols
+    offsets = offsets_of(query_strides, clamp(rows, height), clamp(cols, width), PADDED_DIM)
+    q = load(base_of(query, query_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
 
-    halo_cols = left - RADIUS + tl.arange(0, HALO_W)
-    col_offset = halo_cols[None] - cols[:, None] + RADIUS
+    halo_cols = tl.arange(0, HALO_W)
+    col_offset = halo_cols[None] - tile_cols[:, None]
     col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
-    col_seen = col_seen & (halo_cols >= 0)[None] & (halo_cols < width)[None]
+    col_seen = col_seen & within(left - RADIUS + halo_cols, width)[None]
     if RELATIVE:
         table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
         zeros = tl.zeros([M, 2 * KERNEL_PAD], tl.float32)
@@ -164,30 +176,28 @@ def forward_kernel(
     else:
         col_logits = tl.where(col_seen, 0.0, float("-inf"))
 
+    key_base = base_of(key, key_strides, n, head, HEAD_DIM)
+    value_base = base_of(value, key_strides, n, head, HEAD_DIM)
+    chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
+    key_cols = clamp(left - RADIUS + chunk_cols, width)
     maximum = tl.full([M], LOWEST, tl.float32)
     total = tl.zeros([M], tl.float32)
     result = tl.zeros([M, PADDED_DIM], tl.float32)
-    for first in range(
-        tl.maximum(top - RADIUS, 0), tl.minimum(top + BLOCK_H + RADIUS, height), CHUNK_H
-    ):
-        key_rows, key_cols, key_inside = positions(
-            first, left - RADIUS, height, width, CHUNK_H * HALO_W, HALO_W
-        )
-        k = load_map(
-            key, key_strides, n, head, key_rows, key_cols, key_inside, HEAD_DIM, PADDED_DIM
-        )
-        v = load_map(
-            value, value_strides, n, head, key_rows, key_cols, key_inside, HEAD_DIM, PADDED_DIM
-        )
+    for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
+        key_rows = clamp(top - RADIUS + first + chunk_rows, height)
+        offsets = offsets_of(key_strides, key_rows, key_cols, PADDED_DIM)
+        k = load(key_base, offsets, HEAD_DIM, PADDED_DIM)
+        v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
         halo_rows = first + tl.arange(0, CHUNK_H)
-        row_offset = halo_rows[None] - rows[:, None] + RADIUS
-        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE) & (halo_rows < height)[None]
+        row_offset = halo_rows[None] - tile_rows[:, None]
+        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE)
+        row_seen = row_seen & within(top - RADIUS + halo_rows, height)[None]
         if RELATIVE:
             row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 1)
         else:
             row_logits = tl.where(row_seen, 0.0, float("-inf"))
         position_logits = row_logits[:, :, None] + col_logits[:, None, :]
-        position_logits = tl.reshape(position_logits, [M, CHUNK_H * HALO_W])
+        position_logits = tl.reshape(position_logits, [M, P])
         logits = dot(q, tl.trans(k), position_logits, PRECISION)
 
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
@@ -197,8 +207,11 @@ def forward_kernel(
         result = dot(convert(weights, v.dtype), v, result * rescale[:, None], PRECISION)
         maximum = new_maximum
 
+    inside = (rows < height) & (cols < width)
     result *= (1.0 / total)[:, None]
-    store_map(output, output_strides, n, head, rows, cols, inside, result, HEAD_DIM, PADDED_DIM)
-    plane = (n.to(tl.int64) * num_heads + head) * height * width
-    maximum += tl.log2(total) * LN_2
+    offsets = offsets_of(output_strides, rows, cols, PADDED_DIM)
+    base = base_of(output, output_strides, n, head, HEAD_DIM)
+    store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
+    plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
+    maximum += log2(total) * LN_2
     tl.store(logsumexp + plane + (rows * width + cols), maximum, mask=inside)
