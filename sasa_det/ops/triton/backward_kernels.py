@@ -219,6 +219,10 @@ def key_value_gradient_kernel(
     plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
     key_result = tl.zeros([M, PADDED_DIM], tl.float32)
     value_result = tl.zeros([M, PADDED_DIM], tl.float32)
+    # One chunk ahead: the compiler loads only what goes into products before it is needed.
+    next_position = clamp(top - RADIUS + chunk_rows, height) * width + near_cols
+    next_lse = tl.load(logsumexp + plane + next_position)
+    next_mean = tl.load(mean + plane + next_position)
     for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
         q_rows = top - RADIUS + first + chunk_rows
         near_rows = clamp(q_rows, height)
@@ -226,9 +230,10 @@ def key_value_gradient_kernel(
         q = load(query_base, offsets, HEAD_DIM, PADDED_DIM)
         offsets = offsets_of(grad_output_strides, near_rows, near_cols, PADDED_DIM)
         grad = load(grad_base, offsets, HEAD_DIM, PADDED_DIM)
-        position = near_rows * width + near_cols
-        lse = tl.load(logsumexp + plane + position)
-        q_mean = tl.load(mean + plane + position)
+        lse, q_mean = next_lse, next_mean
+        next_position = clamp(q_rows + CHUNK_H, height) * width + near_cols
+        next_lse = tl.load(logsumexp + plane + next_position)
+        next_mean = tl.load(mean + plane + next_position)
 
         row_offset = tile_rows[:, None] - (first + chunk_rows)[None] + 2 * RADIUS
         row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE) & within(q_rows, height)[None]
