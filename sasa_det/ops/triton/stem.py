@@ -112,7 +112,7 @@ def constants(call: StemCall) -> dict[str, Any]:
     return {
         "IN_CHANNELS": call.image.shape[1],
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(8, next_power_of_2(head_dim)),  # 8: the least depth of a product
+        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # what every version of tl.dot takes
         "BLOCK_SIZE": call.mixture.shape[-1],
         "BLOCKS": 4,
     }
