@@ -177,6 +177,7 @@ STEM_SHAPES = [
     (2, 1, 1, 3, 4, 1, 2, 4),
     (1, 6, 4, 1, 4, 2, 3, 2),
     (1, 6, 7, 2, 12, 1, 2, 3),
+    (1, 4, 6, 3, 22, 1, 2, 4),  # more channels a head than a thread holds
 ]
 
 

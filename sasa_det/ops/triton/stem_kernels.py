@@ -1,10 +1,13 @@
 """The kernels of ``stem_attention_pooled``.
 
 In shapes B stands for BLOCKS, the blocks worked on at once, P for the 16 positions of a block and D
-for PADDED_DIM. Smaller blocks leave positions unused, and fewer channels than three are zeros.
-Queries come last in shapes, because then a thread has most of a query's keys in its own registers
-and need not ask others for their maximum and sum.
+for PADDED_DIM. Smaller blocks leave positions unused in the backward, and fewer channels than three
+are zeros there. Queries come last in its shapes, because then a thread has most of a query's keys
+in its own registers and need not ask others for their maximum and sum.
 """
+
+# The compiler unrolls the loops in which tuples grow.
+# mypy: disable-error-code="assignment, misc"
 
 import triton
 import triton.language as tl
@@ -91,6 +94,51 @@ def attend(x0, x1, x2, inside, products, relative, value_weight):
     return weights, value
 
 
+@triton.jit
+def load_pixel(corner, row, col, inside, strides, IN_CHANNELS: tl.constexpr):
+    """The channels of a position of each block, IN_CHANNELS times (B,) in float32."""
+    pointers = corner + row * strides[2] + col * strides[3]
+    pixel = ()
+    for i in tl.static_range(IN_CHANNELS):
+        pixel += (tl.load(pointers + i * strides[1], inside, 0.0).to(tl.float32),)
+    return pixel
+
+
+@triton.jit
+def weigh(pixel, weights, start, IN_CHANNELS: tl.constexpr):
+    """``start`` and each channel of the pixel times its number in ``weights``."""
+    for i in tl.static_range(IN_CHANNELS):
+        start += pixel[i] * tl.load(weights + i)
+    return start
+
+
+@triton.jit
+def weigh_keys(
+    query, keys, products, by_row, by_col, IN_CHANNELS: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """The attention weights of a query but for their sum, and that sum.
+
+    The logits are in units of log 2; of its position a key adds its row's number and its column's.
+    """
+    projected, logits, weights = (), (), ()
+    for i in tl.static_range(IN_CHANNELS):
+        projected += (weigh(query, products + i * IN_CHANNELS, 0.0, IN_CHANNELS),)
+    for key in tl.static_range(BLOCK_SIZE * BLOCK_SIZE):
+        logit = by_row[key // BLOCK_SIZE] + by_col[key % BLOCK_SIZE]
+        for i in tl.static_range(IN_CHANNELS):
+            logit += projected[i] * keys[key][i]
+        logits += (logit,)
+    largest = logits[0]
+    for key in tl.static_range(1, BLOCK_SIZE * BLOCK_SIZE):
+        largest = tl.maximum(largest, logits[key])
+    for key in tl.static_range(BLOCK_SIZE * BLOCK_SIZE):
+        weights += (tl.exp2(logits[key] - largest),)
+    weight_sum = weights[0]
+    for key in tl.static_range(1, BLOCK_SIZE * BLOCK_SIZE):
+        weight_sum += weights[key]
+    return weights, weight_sum
+
+
 @triton.jit(do_not_specialize=["num_images", "height", "width"])
 def pooled_forward_kernel(
     image,
@@ -105,43 +153,95 @@ def pooled_forward_kernel(
     width,
     IN_CHANNELS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Many blocks of one head.
+    """Many blocks, and CHANNELS of the channels of one head.
 
     Writes ``maximum`` (N, C, rows, columns of blocks) and this program's sums of the output and of
-    its squares, ``partial_sums`` (programs, 2, heads, D).
+    its squares, ``partial_sums`` (programs, 2, C).
+
+    Every tensor is (BLOCKS,), and tuples go through positions and channels: a thread has its block
+    for itself, and neither maxima nor sums nor products need another thread's registers.
     """
-    head, num_heads = tl.program_id(0), tl.num_programs(0)
+    CHUNKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
+    POSITIONS: tl.constexpr = BLOCK_SIZE * BLOCK_SIZE
+    OFFSETS: tl.constexpr = 2 * BLOCK_SIZE - 1
+    head, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    out_channels = tl.num_programs(0) // CHUNKS * HEAD_DIM
+    # The last chunk may share channels with the one before it: both write the same.
+    first_channel = head * HEAD_DIM + tl.minimum(chunk * CHANNELS, HEAD_DIM - CHANNELS)
+    products += head * IN_CHANNELS * IN_CHANNELS
+    relative_rows = relative + head * 2 * OFFSETS * IN_CHANNELS
+    relative_cols = relative_rows + OFFSETS * IN_CHANNELS
+    value_weight += first_channel * POSITIONS * IN_CHANNELS
     across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
-    channel = tl.arange(0, PADDED_DIM)
-    relative_weights = load_matrices(relative, head, 16)
-    value_weights = load_matrices(value_weight, head, PADDED_DIM)
-    total = tl.zeros([BLOCKS, PADDED_DIM, 16], tl.float32)
-    square_total = tl.zeros([BLOCKS, PADDED_DIM, 16], tl.float32)
-    tiles = num_images * down * tl.cdiv(across, BLOCKS)
-    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        n, row, cols = locate(tile, height, width, BLOCKS, BLOCK_SIZE)
-        inside, x0, x1, x2 = load_pixels(
-            image, image_strides, n, row, cols, height, width, IN_CHANNELS, BLOCK_SIZE
-        )
-        weights, value = attend(
-            x0, x1, x2, inside, products + head * 9, relative_weights, value_weights
-        )
-        result = tl.dot(value, weights, input_precision="ieee")
-        counted = tl.where(inside[:, None, :], result, 0.0)
-        total += counted
-        square_total += counted * counted
-        highest = tl.max(tl.where(inside[:, None, :], result, float("-inf")), 2)
-        plane = (n.to(tl.int64) * num_heads + head) * HEAD_DIM * down * across + row * across
-        index = channel[None] * (down * across) + cols[:, None]
-        mask = (channel < HEAD_DIM)[None] & (cols < across)[:, None]
-        tl.store(maximum + plane + index, convert(highest, maximum.dtype.element_ty), mask)
-    base = partial_sums + (tl.program_id(1) * 2 * num_heads + head) * PADDED_DIM
-    tl.store(base + channel, tl.sum(tl.sum(total, 0), 1))
-    tl.store(base + num_heads * PADDED_DIM + channel, tl.sum(tl.sum(square_total, 0), 1))
+    num_blocks = num_images * down * across
+    zeros = tl.zeros([BLOCKS], tl.float32)
+    total = ()
+    for _ in tl.static_range(CHANNELS):
+        total += (zeros,)
+    square_total = total
+
+    for tile in range(tl.program_id(1), tl.cdiv(num_blocks, BLOCKS), tl.num_programs(1)):
+        block = tile * BLOCKS + tl.arange(0, BLOCKS)
+        exists = block < num_blocks
+        n, row, col = block // across // down, block // across % down, block % across
+        rows, cols = height - row * BLOCK_SIZE, width - col * BLOCK_SIZE  # to the image's end
+        corner = image + n.to(tl.int64) * image_strides[0]
+        corner += row * BLOCK_SIZE * image_strides[2] + col * BLOCK_SIZE * image_strides[3]
+        pixels, values, highest = (), (), ()
+        for key in tl.static_range(POSITIONS):
+            key_row, key_col = key // BLOCK_SIZE, key % BLOCK_SIZE
+            key_inside = exists & (key_row < rows) & (key_col < cols)
+            pixel = load_pixel(corner, key_row, key_col, key_inside, image_strides, IN_CHANNELS)
+            pixels += (pixel,)
+        for d in tl.static_range(CHANNELS):
+            highest += (zeros + float("-inf"),)
+            for key in tl.static_range(POSITIONS):
+                number = value_weight + (d * POSITIONS + key) * IN_CHANNELS
+                values += (weigh(pixels[key], number, 0.0, IN_CHANNELS),)
+
+        for position in range(POSITIONS):
+            r, c = position // BLOCK_SIZE, position % BLOCK_SIZE
+            inside = exists & (r < rows) & (c < cols)
+            query = load_pixel(corner, r, c, inside, image_strides, IN_CHANNELS)
+            from_row = relative_rows + (BLOCK_SIZE - 1 - r) * IN_CHANNELS
+            from_col = relative_cols + (BLOCK_SIZE - 1 - c) * IN_CHANNELS
+            by_row, by_col = (), ()
+            for i in tl.static_range(BLOCK_SIZE):
+                # Keys beyond the border start low; finite, because a key may be beyond two.
+                start = tl.where(i < rows, 0.0, LOWEST)
+                by_row += (weigh(query, from_row + i * IN_CHANNELS, start, IN_CHANNELS),)
+                start = tl.where(i < cols, 0.0, LOWEST)
+                by_col += (weigh(query, from_col + i * IN_CHANNELS, start, IN_CHANNELS),)
+            weights, weight_sum = weigh_keys(
+                query, pixels, products, by_row, by_col, IN_CHANNELS, BLOCK_SIZE
+            )
+            scale = tl.where(inside, 1.0 / weight_sum, 0.0)
+            new_highest, new_total, new_square_total = (), (), ()
+            for d in tl.static_range(CHANNELS):
+                result = weights[0] * values[d * POSITIONS]
+                for key in tl.static_range(1, POSITIONS):
+                    result += weights[key] * values[d * POSITIONS + key]
+                result *= scale
+                counted = tl.where(inside, result, float("-inf"))
+                new_highest += (tl.maximum(highest[d], counted),)
+                new_total += (total[d] + result,)
+                new_square_total += (square_total[d] + result * result,)
+            highest, total, square_total = new_highest, new_total, new_square_total
+
+        pointers = maximum + (n.to(tl.int64) * out_channels + first_channel) * down * across
+        pointers += row * across + col
+        for d in tl.static_range(CHANNELS):
+            rounded = convert(highest[d], maximum.dtype.element_ty)
+            tl.store(pointers + d * down * across, rounded, exists)
+
+    sums = partial_sums + tl.program_id(1) * 2 * out_channels + first_channel
+    for d in tl.static_range(CHANNELS):
+        tl.store(sums + d, tl.sum(total[d], 0))
+        tl.store(sums + out_channels + d, tl.sum(square_total[d], 0))
 
 
 @triton.jit
