@@ -20,7 +20,7 @@ from sasa_det.ops.calls import AttentionCall, StemCall
 from sasa_det.ops.eager_stem import Stem
 from sasa_det.ops.reference import local_attention_reference, stem_attention_reference
 from sasa_det.ops.triton import attention, stem
-from sasa_det.ops.triton.launch import interpreted
+from sasa_det.ops.triton.launch import Launch, interpreted
 
 UNAVAILABLE = available_backends()["triton"]
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -243,6 +243,46 @@ def test_what_is_refused_is_named():
             local_attention(*(x.to(DEVICE) for x in inputs), **options)
         with use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.float64"):
             local_attention(*(x.to(DEVICE).double() for x in inputs), **options)
+
+
+class FakeKernel:
+    """What ``triton.jit`` makes, as far as a launch uses it."""
+
+    arg_names = ("x", "stride", "SIZE")
+
+    def __init__(self):
+        self.compiled_for, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, **options):
+            self.compiled_for.append((*arguments, options))
+            return self
+
+        def launch(*arguments):
+            self.launched.append((grid, *arguments))
+
+        return launch if len(grid) > 3 else compile_and_launch
+
+
+def test_a_launch_like_an_earlier_one_takes_the_kernel_that_was_compiled_for_it():
+    kernel, x = FakeKernel(), torch.zeros(8)
+
+    def launch(x, stride=3, size=4, num_warps=2):
+        # In another order than the kernel has them.
+        arguments, constants = {"stride": stride, "x": x}, {"SIZE": size}
+        Launch(kernel, (5, 6), arguments, constants, {"num_warps": num_warps}).run()
+
+    launch(x)
+    assert kernel.compiled_for == [(x, 3, 4, {"num_warps": 2})]
+    others = torch.ones(8), torch.full((8,), 2.0)
+    for other in others:
+        launch(other)
+    assert kernel.launched == [((5, 6, 1, 1), other, 3, 4) for other in others]
+    # A pointer that is not aligned, and all else that Triton compiles for.
+    for change in ({"x": x[1:]}, {"x": x.half()}, {"stride": 1}, {"size": 8}, {"num_warps": 4}):
+        launch(**({"x": x} | change))
+    assert len(kernel.compiled_for) == 6
+    assert len(kernel.launched) == 2
 
 
 WITHOUT_TRITON = """
