@@ -52,8 +52,12 @@ def _without_autocast(operator: Callable) -> Callable:
         device = arguments[0].device.type
         if not torch.is_autocast_enabled(device):
             return operator(*arguments)
-        with torch.autocast(device, enabled=False):
+        # By hand: torch.autocast asks many questions before it does this.
+        torch.set_autocast_enabled(device, False)
+        try:
             return operator(*arguments)
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     return call
 
