@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
+from sasa_det.layers.local_attention import NormReLU
 
 from .norm import attention_norm
 
@@ -164,7 +165,7 @@ class AttentionRetinaNetHead(RetinaNetHead):
             nn.init.normal_(projection.weight, std=0.01)
             nn.init.constant_(projection.bias, bias)  # type: ignore[arg-type]
             # The norm makes the small weights keep to the prior: residual sums grow with depth.
-            activation = nn.Sequential(attention_norm(norm, channels), nn.ReLU(inplace=True))
+            activation = NormReLU(attention_norm(norm, channels))
             return nn.Sequential(attention(), activation, projection)
 
         self.cls_subnet, self.bbox_subnet = tower(), tower()
