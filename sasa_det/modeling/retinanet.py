@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.layers.local_attention import NormReLU
+from sasa_det.ops.functional import shared_casts
 
 from .norm import attention_norm
 
@@ -174,6 +175,10 @@ class AttentionRetinaNetHead(RetinaNetHead):
             num_anchors * num_classes, bias=-math.log((1 - prior_prob) / prior_prob)
         )
         self.bbox_pred = predictor(num_anchors * 4, bias=0.0)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        with shared_casts():  # the levels of the FPN share the weights
+            return super().forward(features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:

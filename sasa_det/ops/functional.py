@@ -1,5 +1,8 @@
 """The public functions: argument checks and autocast around the registered operators."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -245,6 +248,38 @@ def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     if not available or not torch.is_autocast_enabled(device_type):
         return first, *others
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others)
-    )
+    return tuple(_cast(t, dtype) for t in (first, *others))
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or t.dtype in (dtype, torch.float64):
+        return t
+    casts = getattr(_shared, "casts", None)
+    if casts is None or not isinstance(t, torch.nn.Parameter):
+        return t.to(dtype)
+    # What was cast without gradients is none for those who need them.
+    key = id(t), dtype, torch.is_grad_enabled()
+    if key not in casts:
+        casts[key] = t.to(dtype)
+    return casts[key]
+
+
+# Each thread has its own: replicas of a model may run in several.
+_shared = threading.local()
+
+
+@contextmanager
+def shared_casts() -> Iterator[None]:
+    """Within it autocast casts each parameter of our operators once, and not at each call.
+
+    For modules that are called several times in a forward. Autocast itself remembers the weights of
+    convolutions for as long as it is on; our operators do not learn when that ends.
+    """
+    if makes_a_program() or getattr(_shared, "casts", None) is not None:
+        yield
+        return
+    _shared.casts = {}
+    try:
+        yield
+    finally:
+        _shared.casts = None
