@@ -99,6 +99,19 @@ def test_attends_by_content_only(shape):
 
 
 @pytest.mark.usefixtures("backend")
+def test_embeddings_in_float32_beside_half_precision():
+    inputs, options = make_inputs(SHAPES[1], torch.bfloat16)
+    inputs, _ = on_device(inputs)
+    wide = [*inputs[:3], *(x.detach().float().requires_grad_() for x in inputs[3:])]
+    output, expected = (local_attention(*x, **options) for x in (wide, inputs))
+    assert torch.equal(output, expected)
+    grads = torch.autograd.grad(output.sum(), wide)
+    for actual, wanted in zip(grads, torch.autograd.grad(expected.sum(), inputs)):
+        assert torch.equal(actual.to(wanted.dtype), wanted)
+    assert [x.dtype for x in grads] == [x.dtype for x in wide]
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]], ids=str)
 def test_half_precision(shape, dtype):

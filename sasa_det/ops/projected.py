@@ -11,7 +11,7 @@ from torch import Tensor
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
-from .functional import cast_for_autocast, local_attention, makes_a_program
+from .functional import cast_embeddings, cast_for_autocast, local_attention, makes_a_program
 from .registration import (
     align,
     local_attention_backward_op,
@@ -55,7 +55,8 @@ def projected_attention(
     Returns:
         Tensor[N, C, H, W].
     """
-    tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    tensors = (x, weight, bias, *cast_embeddings(x, rel_rows, rel_cols))
     # Not cast, as a sum under autocast has the wider of two dtypes.
     added = (residual, output_scale, output_shift)
     arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)

@@ -71,7 +71,7 @@ def backward(
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
     if call.rel_rows is None:
         return [grad_maps]
-    total = partial_sums.sum(dim=0).to(call.query.dtype)
+    total = partial_sums.sum(dim=0).to(call.rel_rows.dtype)
     _, size, half = call.rel_rows.shape
     grad_rows = total[:, :size, :half]
     grad_cols = total[:, total.shape[1] // 2 :][:, :size, half : 2 * half]

@@ -70,7 +70,10 @@ def query_gradient_kernel(
     tiles_across = tl.cdiv(width, BLOCK_W)
     tiles = tiles_across * tl.cdiv(height, BLOCK_H)
     if RELATIVE:
-        table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
+        dtype: tl.constexpr = query.dtype.element_ty
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, dtype
+        )
         table_total = tl.zeros([T, PADDED_DIM], tl.float32)
     for index in range(tl.program_id(1), num_images * tiles, tl.num_programs(1)):
         n, tile = index // tiles, index % tiles
@@ -206,7 +209,10 @@ def key_value_gradient_kernel(
     k = load_map(key, key_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
     v = load_map(value, value_strides, n, head, rows, cols, inside, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
-        table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
+        dtype: tl.constexpr = query.dtype.element_ty
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, dtype
+        )
     tile_rows, tile_cols = top + tl.arange(0, BLOCK_H), left + tl.arange(0, BLOCK_W)
     key_result = tl.zeros([M, PADDED_DIM], tl.float32)
     value_result = tl.zeros([M, PADDED_DIM], tl.float32)
