@@ -3,14 +3,17 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d, StemSelfAttention2d
 from sasa_det.layers.local_attention import sinusoidal_encodings
 from sasa_det.ops import use_backend
+from sasa_det.ops.functional import shared_casts
 
 
 @pytest.mark.parametrize("position", ["relative", "absolute", "none"])
@@ -227,3 +230,41 @@ def test_without_detectron2_the_operator_works_and_one_sentence_says_what_to_ins
     assert "|" not in warning
     assert shape == "torch.Size([1, 8, 3, 3])"
     assert "install detectron2" in error
+
+
+def test_casts_of_parameters_are_shared_where_a_layer_is_called_more_than_once():
+    layer = LocalSelfAttention2d(16, 16, kernel_size=3)
+    maps = [torch.randn(1, 16, size, size) for size in (4, 5)]
+
+    def gradients():
+        with torch.autocast("cpu", dtype=torch.bfloat16), shared_casts():
+            with torch.no_grad():
+                layer(maps[0])  # whose casts have no gradient
+            with CountCalls() as casts:
+                outputs = [layer(x) for x in maps]
+        loss = sum(output.float().square().sum() for output in outputs)
+        return torch.autograd.grad(loss, list(layer.parameters())), casts
+
+    grads, casts = gradients()
+    assert (
+        casts["aten._to_copy.default"] == 2 + 1
+    )  # the maps and the weight: embeddings stay float32
+    expected = [layer(x).square().sum() for x in maps]
+    expected = torch.autograd.grad(sum(expected), list(layer.parameters()))
+    for actual, wanted in zip(grads, expected):
+        assert actual.dtype == torch.float32
+        assert (actual - wanted).norm() < 0.03 * wanted.norm()
+    with torch.no_grad():
+        layer.projection.weight.zero_()
+    assert not any(x.any() for x in gradients()[0][1:])  # nothing is remembered
+
+
+class CountCalls(TorchDispatchMode):
+    def __enter__(self):
+        super().__enter__()
+        self.counts = Counter()
+        return self.counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))

@@ -179,6 +179,19 @@ def test_autocast_computes_in_the_autocast_dtype():
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
 
+def test_embeddings_may_be_float32_beside_half_precision(backend):
+    inputs, options = make_inputs(SHAPES[1], torch.bfloat16, requires_grad=True)
+    wide = [*inputs[:3], *(x.detach().float().requires_grad_() for x in inputs[3:])]
+    output, expected = (local_attention(*x, **options) for x in (wide, inputs))
+    assert torch.equal(output, expected)
+    grads, expected_grads = (
+        torch.autograd.grad(y.sum(), x) for y, x in ((output, wide), (expected, inputs))
+    )
+    assert [x.dtype for x in grads] == [x.dtype for x in wide]
+    for actual, wanted in zip(grads, expected_grads):
+        torch.testing.assert_close(actual.to(wanted.dtype), wanted)
+
+
 def test_autocast_does_not_reach_into_the_operator(backend):
     inputs, options = make_inputs(SHAPES[0], torch.bfloat16)
     expected = local_attention(*inputs, **options)

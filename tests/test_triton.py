@@ -6,21 +6,25 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from test_local_attention import make_inputs
 from test_stem_attention import make_inputs as make_stem_inputs
+from torch import nn
 
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.ops import (
     available_backends,
+    group_norm_relu,
     local_attention,
     stem_attention_pooled,
     use_backend,
 )
-from sasa_det.ops.calls import AttentionCall, StemCall
+from sasa_det.ops.calls import AttentionCall, GroupNormCall, StemCall
 from sasa_det.ops.eager_stem import Stem
 from sasa_det.ops.reference import local_attention_reference, stem_attention_reference
-from sasa_det.ops.triton import attention, stem
-from sasa_det.ops.triton.launch import interpreted
+from sasa_det.ops.triton import attention, group_norm, stem
+from sasa_det.ops.triton.launch import Launch, interpreted
 
 UNAVAILABLE = available_backends()["triton"]
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -92,6 +96,19 @@ def test_equals_the_reference_and_so_do_its_gradients(shape):
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
 def test_attends_by_content_only(shape):
     check(*make_inputs(shape, torch.float32, relative=False))
+
+
+@pytest.mark.usefixtures("backend")
+def test_embeddings_in_float32_beside_half_precision():
+    inputs, options = make_inputs(SHAPES[1], torch.bfloat16)
+    inputs, _ = on_device(inputs)
+    wide = [*inputs[:3], *(x.detach().float().requires_grad_() for x in inputs[3:])]
+    output, expected = (local_attention(*x, **options) for x in (wide, inputs))
+    assert torch.equal(output, expected)
+    grads = torch.autograd.grad(output.sum(), wide)
+    for actual, wanted in zip(grads, torch.autograd.grad(expected.sum(), inputs)):
+        assert torch.equal(actual.to(wanted.dtype), wanted)
+    assert [x.dtype for x in grads] == [x.dtype for x in wide]
 
 
 @pytest.mark.usefixtures("backend")
@@ -232,6 +249,65 @@ def test_pooled_stem_of_an_empty_batch():
     assert not any(x.any() for x in grads)
 
 
+# N, C, H, W, groups
+NORM_SHAPES = [
+    (2, 64, 5, 7, 32),
+    (1, 256, 40, 21, 32),  # chunks of an image, of more than one tile each
+    (2, 96, 9, 3, 32),  # groups of three channels
+    (3, 8, 30, 17, 2),
+    (2, 64, 1, 1, 4),
+    (0, 64, 3, 3, 32),
+]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_group_norm_and_relu(shape, dtype, monkeypatch):
+    monkeypatch.setattr(group_norm, "_MAX_CHUNKS", 5)
+    *size, groups = shape
+    x = 2 * torch.randn(size) + 30  # the mean is large
+    inputs, leaves = on_device([x.to(dtype), torch.randn(size[1]), torch.randn(size[1])])
+    exact, exact_leaves = on_device([x.double() for x in inputs])
+    x = inputs[0].to(memory_format=torch.channels_last)
+    output, statistics = group_norm_relu(x, groups, *inputs[1:], 1e-5)
+    expected = F.group_norm(exact[0], groups, *exact[1:], 1e-5).relu()
+    grad = torch.randn(size).to(output)
+    grads = torch.autograd.grad(output, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, exact_leaves, grad.double())
+    for actual, wanted in zip((output, *grads), (expected, *expected_grads)):
+        error = (actual.double() - wanted).norm()
+        assert error <= TOLERANCE[dtype] * wanted.norm().clamp_min(1.0)
+    assert output.dtype == dtype
+    assert output.stride() == x.stride()
+    with torch.no_grad():
+        again, _ = group_norm_relu(x, groups, *inputs[1:], 1e-5, statistics=statistics)
+    assert torch.allclose(again, output, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("backend")
+def test_no_kernel_normalises_maps_whose_channels_are_not_last():
+    x, weight = torch.randn(1, 64, 3, 3, device=DEVICE), torch.ones(64, device=DEVICE)
+    assert group_norm_relu(x, 32, weight, weight, 1e-5) is None
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_layer_behind_a_group_norm_keeps_its_input_and_has_the_same_gradients():
+    torch.manual_seed(0)
+    layer = PreActivationSelfAttention2d(
+        LocalSelfAttention2d(64, 64, kernel_size=3), nn.GroupNorm(32, 64)
+    ).to(DEVICE)
+    x = torch.randn(1, 64, 4, 5, device=DEVICE)
+    grad = torch.randn_like(x)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaves = [x.to(memory_format=memory_format).requires_grad_(), *layer.parameters()]
+        output = layer(leaves[0])
+        results.append([output, *torch.autograd.grad(output, leaves, grad)])
+    for actual, wanted in zip(*results):
+        assert torch.allclose(actual, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_refused_is_named():
     inputs, options = make_inputs((1, 8, 4, 4, 2, 19), torch.float32)
     call = AttentionCall(*(x.to("meta") for x in inputs), **options)
@@ -244,6 +320,46 @@ def test_what_is_refused_is_named():
             local_attention(*(x.to(DEVICE) for x in inputs), **options)
         with use_backend("triton"), pytest.raises(RuntimeError, match=r"torch\.float64"):
             local_attention(*(x.to(DEVICE).double() for x in inputs), **options)
+
+
+class FakeKernel:
+    """What ``triton.jit`` makes, as far as a launch uses it."""
+
+    arg_names = ("x", "stride", "SIZE")
+
+    def __init__(self):
+        self.compiled_for, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, **options):
+            self.compiled_for.append((*arguments, options))
+            return self
+
+        def launch(*arguments):
+            self.launched.append((grid, *arguments))
+
+        return launch if len(grid) > 3 else compile_and_launch
+
+
+def test_a_launch_like_an_earlier_one_takes_the_kernel_that_was_compiled_for_it():
+    kernel, x = FakeKernel(), torch.zeros(8)
+
+    def launch(x, stride=3, size=4, num_warps=2):
+        # In another order than the kernel has them.
+        arguments, constants = {"stride": stride, "x": x}, {"SIZE": size}
+        Launch(kernel, (5, 6), arguments, constants, {"num_warps": num_warps}).run()
+
+    launch(x)
+    assert kernel.compiled_for == [(x, 3, 4, {"num_warps": 2})]
+    others = torch.ones(8), torch.full((8,), 2.0)
+    for other in others:
+        launch(other)
+    assert kernel.launched == [((5, 6, 1, 1), other, 3, 4) for other in others]
+    # A pointer that is not aligned, and all else that Triton compiles for.
+    for change in ({"x": x[1:]}, {"x": x.half()}, {"stride": 1}, {"size": 8}, {"num_warps": 4}):
+        launch(**({"x": x} | change))
+    assert len(kernel.compiled_for) == 6
+    assert len(kernel.launched) == 2
 
 
 WITHOUT_TRITON = """
@@ -271,6 +387,8 @@ def compile_for_hopper(launch):
         """As ``triton.jit`` specialises what a kernel is called with."""
         if isinstance(x, tuple):
             return tuple(type_of(item, (*path, i)) for i, item in enumerate(x))
+        if isinstance(x, float):
+            return "fp32"
         if x is None or (specialize and isinstance(x, int) and x == 1):
             constants[path] = x
             return "constexpr"
@@ -361,3 +479,33 @@ def test_pooled_stem_compiles_for_a_gpu(dtype, in_channels):
     pytest.importorskip("triton")
     for launch in stem_launches(dtype, in_channels):
         assert compile_for_hopper(launch).metadata.shared < 48 * 1024
+
+
+def group_norm_launches(dtype, channels, groups):
+    x = torch.empty(2, channels, 80, 80, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.empty(channels, device="meta")
+    call = GroupNormCall(x, weight, weight, None, groups, 1e-5)
+    chunks = group_norm.new_statistics(call, group_norm.tiling(call).chunks)
+    call = call._replace(statistics=group_norm.new_statistics(call, 1))
+    return [
+        group_norm.statistics_launch(call, chunks),
+        group_norm.forward_launch(call, chunks, x, call.statistics),
+        group_norm.forward_launch(call, call.statistics, x, call.statistics),
+        group_norm.gradient_sums_launch(call, x, chunks, chunks),
+        group_norm.input_gradient_launch(call, x, chunks, x),
+    ]
+
+
+@pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "channels", "groups"),
+    [(torch.bfloat16, 256, 32), (torch.float32, 256, 32), (torch.bfloat16, 96, 32)],
+)
+def test_group_norm_compiles_for_a_gpu(dtype, channels, groups):
+    pytest.importorskip("triton")
+    for launch in group_norm_launches(dtype, channels, groups):
+        kernel = compile_for_hopper(launch)
+        assert kernel.metadata.shared < 48 * 1024
+        if channels == 256:  # the channels of a group are next to each other
+            assert "ld.global.v4" in kernel.asm["ptx"]

@@ -5,7 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sasa_det.ops import local_attention, local_attention_weights, projected_attention
+from sasa_det.ops import (
+    group_norm_relu,
+    local_attention,
+    local_attention_weights,
+    projected_attention,
+)
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.projected import add_and_scale
 
@@ -141,12 +146,13 @@ class PreActivationSelfAttention2d(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
         if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
-            return add_attention(x, self.attention, F.relu(normed))
+            return add_attention(x, self.attention, F.relu(self.norm(x)))
+        fused = fused_norm_relu(self.norm, x)
+        normed, statistics = fused or (self.norm(x), None)
         # A group norm costs less to compute again than its output takes memory until the backward.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return add_attention(x, self.attention, F.relu_(normed))
+            return add_attention(x, self.attention, normed if fused else F.relu_(normed))
         kept = x.detach()  # which the norm keeps anyway
         # Not the tensor, which the closure would keep alive.
         address, shape = normed.data_ptr(), normed.shape
@@ -163,11 +169,36 @@ class PreActivationSelfAttention2d(nn.Module):
             if again:
                 return again.pop()
             with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
-                again.append(F.relu_(self.norm(kept)))
+                again.append(norm_relu(self.norm, kept, statistics))
             return again[0]
 
         with saved_tensors_hooks(pack, unpack):
-            return add_attention(x, self.attention, F.relu_(normed))
+            return add_attention(x, self.attention, normed if fused else F.relu_(normed))
+
+
+class NormReLU(nn.Sequential):
+    """A norm and ReLU, as one where :func:`fused_norm_relu` is."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_relu(self[0], x)
+
+
+def norm_relu(norm: nn.Module, x: Tensor, statistics: Tensor | None = None) -> Tensor:
+    fused = fused_norm_relu(norm, x, statistics)
+    return F.relu_(norm(x)) if fused is None else fused[0]
+
+
+def fused_norm_relu(
+    norm: nn.Module, x: Tensor, statistics: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """See :func:`sasa_det.ops.group_norm_relu`."""
+    if type(norm) is not nn.GroupNorm or has_hooks(norm):
+        return None
+    parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return group_norm_relu(x, *parameters, statistics=statistics)
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
+from sasa_det.layers.local_attention import NormReLU
+from sasa_det.ops.functional import shared_casts
 
 from .norm import attention_norm
 
@@ -164,7 +166,7 @@ class AttentionRetinaNetHead(RetinaNetHead):
             nn.init.normal_(projection.weight, std=0.01)
             nn.init.constant_(projection.bias, bias)  # type: ignore[arg-type]
             # The norm makes the small weights keep to the prior: residual sums grow with depth.
-            activation = nn.Sequential(attention_norm(norm, channels), nn.ReLU(inplace=True))
+            activation = NormReLU(attention_norm(norm, channels))
             return nn.Sequential(attention(), activation, projection)
 
         self.cls_subnet, self.bbox_subnet = tower(), tower()
@@ -173,6 +175,10 @@ class AttentionRetinaNetHead(RetinaNetHead):
             num_anchors * num_classes, bias=-math.log((1 - prior_prob) / prior_prob)
         )
         self.bbox_pred = predictor(num_anchors * 4, bias=0.0)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        with shared_casts():  # the levels of the FPN share the weights
+            return super().forward(features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:

@@ -8,11 +8,13 @@ from .functional import (
     stem_attention_pooled,
     stem_attention_weights,
 )
+from .group_norm import group_norm_relu
 from .projected import projected_attention
 from .residual import residual_projection
 
 __all__ = [
     "available_backends",
+    "group_norm_relu",
     "local_attention",
     "local_attention_weights",
     "projected_attention",

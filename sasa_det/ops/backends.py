@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from . import eager, eager_pooled_stem, eager_stem, native, triton
-from .calls import AttentionCall, ProjectedCall, ResidualCall, StemCall
+from .calls import AttentionCall, GroupNormCall, ProjectedCall, ResidualCall, StemCall
 from .native import attention as native_attention
 from .native import projected as native_projected
 from .native import residual as native_residual
 from .native import stem as native_stem
 from .triton import attention as triton_attention
+from .triton import group_norm as triton_group_norm
 from .triton import stem as triton_stem
 
-Call = AttentionCall | ProjectedCall | ResidualCall | StemCall
+Call = AttentionCall | GroupNormCall | ProjectedCall | ResidualCall | StemCall
 
 
 class Implementation(Protocol):
@@ -35,10 +36,12 @@ class Implementation(Protocol):
 
 
 # Fastest first; eager serves every call. Where nothing serves projected_attention, it is a
-# convolution and local_attention; residual_projection is a convolution and a sum.
+# convolution and local_attention; residual_projection is a convolution and a sum, and
+# group_norm_relu what its name says.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "projected_attention": {"native": native_projected},
+    "group_norm_relu": {"triton": triton_group_norm},
     "residual_projection": {"native": cast(Implementation, native_residual)},  # has no backward
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {

@@ -46,6 +46,20 @@ class ResidualCall(NamedTuple):
     bias: Tensor | None
 
 
+class GroupNormCall(NamedTuple):
+    """The arguments of :func:`sasa_det.ops.group_norm_relu`, and the statistics if known.
+
+    These are (N, 1, 2, num_groups), in float32: means and sums of squared deviations.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    statistics: Tensor | None
+    num_groups: int
+    eps: float
+
+
 class StemCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.stem_attention`."""
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .calls import AttentionCall, ProjectedCall
+from .calls import AttentionCall, ProjectedCall, compute_dtype
 
 
 def check_attention(call: AttentionCall) -> None:
@@ -77,18 +77,24 @@ def check_embeddings(
 ) -> None:
     if (rel_rows is None) != (rel_cols is None):
         raise ValueError("rel_rows and rel_cols must be given together, or both be None.")
-    if rel_rows is not None and rel_cols is not None:
-        check_tensor("rel_rows", rel_rows, shape, like=like)
-        check_tensor("rel_cols", rel_cols, shape, like=like)
+    if rel_rows is None or rel_cols is None:
+        return
+    # Both may be in the dtype of computation as well.
+    wide = rel_rows.dtype == rel_cols.dtype == compute_dtype(like.dtype)
+    for name, x in (("rel_rows", rel_rows), ("rel_cols", rel_cols)):
+        check_tensor(name, x, shape, like=like, any_dtype=wide)
 
 
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], *, like: Tensor) -> None:
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], *, like: Tensor, any_dtype: bool = False
+) -> None:
     """``like`` is the first argument of the call."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{name} must have the shape {tuple(shape)}, but has {tuple(tensor.shape)}."
         )
-    if tensor.dtype != like.dtype or tensor.device != like.device:
+    dtype_fits = any_dtype or tensor.dtype == like.dtype
+    if not dtype_fits or tensor.device != like.device:
         raise ValueError(
             f"{name} must be {like.dtype} on {like.device} as the first argument is, "
             f"but is {tensor.dtype} on {tensor.device}."

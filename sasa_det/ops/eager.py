@@ -39,7 +39,8 @@ def backward(
     maps = empty_gradient(call)
     for grad, x in zip(grads[:3], maps.chunk(3, dim=1)):
         x.copy_(grad.flatten(1, 2))
-    return [maps, *(grad.to(call.query.dtype) for grad in grads[3:])]
+    embeddings = [x for x in call[3:5] if x is not None]
+    return [maps, *(grad.to(x.dtype) for grad, x in zip(grads[3:], embeddings))]
 
 
 def weights(call: AttentionCall) -> Tensor:

@@ -1,12 +1,15 @@
 """The public functions: argument checks and autocast around the registered operators."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import eager, eager_stem, registration
-from .calls import AttentionCall, StemCall
+from .calls import AttentionCall, StemCall, compute_dtype
 from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
 
 
@@ -39,14 +42,16 @@ def local_attention(
             channels_last or any other strides; any H, W >= 1.
         rel_rows, rel_cols (Tensor[num_heads, kernel_size, head_dim // 2] or None): embeddings of
             the row and of the column offset, index 0 being the offset -(kernel_size // 2). The
-            first half of a head's query channels meets ``rel_rows``, the second ``rel_cols``.
-            Both None: attention by content only.
+            first half of a head's query channels meets ``rel_rows``, the second ``rel_cols``. In
+            the dtype of ``query``, or float32 with bfloat16 and float16 ones. Both None: attention
+            by content only.
         num_heads (int): how many heads share the channels.
         kernel_size (int): side k of the window, odd.
 
     Returns:
         Tensor[N, C, H, W]: in the dtype and the memory format of ``query``. bfloat16 and float16
-        are computed in float32 inside. Under autocast all tensors but float64 ones are cast first.
+        are computed in float32 inside. Under autocast query, key and value are cast first, unless
+        they are float64.
         On x86 the native kernels take numbers below 1.2e-38 for zeros.
 
     Raises:
@@ -59,7 +64,8 @@ def local_attention(
         >>> local_attention(q, k, v, rel_rows, rel_cols, num_heads=8, kernel_size=7).shape
         torch.Size([2, 64, 20, 30])
     """
-    query, key, value, rel_rows, rel_cols = cast_for_autocast(query, key, value, rel_rows, rel_cols)
+    query, key, value = cast_for_autocast(query, key, value)
+    rel_rows, rel_cols = cast_embeddings(query, rel_rows, rel_cols)
     check_attention(AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size))
     output, _ = registration.local_attention_op(
         query, key, value, rel_rows, rel_cols, num_heads, kernel_size
@@ -85,7 +91,8 @@ def local_attention_weights(
         Tensor[N, num_heads, kernel_size ** 2, H, W]: float32 (float64 for float64 queries); the
         window row by row from its top left; zero where it leaves the map. Not differentiable.
     """
-    query, key, rel_rows, rel_cols = cast_for_autocast(query, key, rel_rows, rel_cols)
+    query, key = cast_for_autocast(query, key)
+    rel_rows, rel_cols = cast_embeddings(query, rel_rows, rel_cols)
     call = AttentionCall(query, key, key, rel_rows, rel_cols, num_heads, kernel_size)
     check_attention(call)
     with torch.no_grad():
@@ -245,6 +252,46 @@ def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     if not available or not torch.is_autocast_enabled(device_type):
         return first, *others
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *others)
-    )
+    return tuple(_cast(t, dtype) for t in (first, *others))
+
+
+def cast_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As they are where they may be, beside a query that autocast has seen to: the kernels round
+    them themselves, and add up their gradients in float32."""
+    if any(e is None or e.dtype == compute_dtype(query.dtype) for e in embeddings):
+        return embeddings
+    return cast_for_autocast(query, *embeddings)[1:]
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or t.dtype in (dtype, torch.float64):
+        return t
+    casts = getattr(_shared, "casts", None)
+    if casts is None or not isinstance(t, torch.nn.Parameter):
+        return t.to(dtype)
+    # What was cast without gradients is none for those who need them.
+    key = id(t), dtype, torch.is_grad_enabled()
+    if key not in casts:
+        casts[key] = t.to(dtype)
+    return casts[key]
+
+
+# Each thread has its own: replicas of a model may run in several.
+_shared = threading.local()
+
+
+@contextmanager
+def shared_casts() -> Iterator[None]:
+    """Within it autocast casts each parameter of our operators once, and not at each call.
+
+    For modules that are called several times in a forward. Autocast itself remembers the weights of
+    convolutions for as long as it is on; our operators do not learn when that ends.
+    """
+    if makes_a_program() or getattr(_shared, "casts", None) is not None:
+        yield
+        return
+    _shared.casts = {}
+    try:
+        yield
+    finally:
+        _shared.casts = None

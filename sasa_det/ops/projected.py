@@ -1,6 +1,7 @@
 """The projections of an attention layer and its attention, with little kept for the backward."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
-from .functional import cast_for_autocast, local_attention, makes_a_program
+from .functional import cast_embeddings, cast_for_autocast, local_attention, makes_a_program
 from .registration import (
     align,
     local_attention_backward_op,
@@ -54,7 +55,8 @@ def projected_attention(
     Returns:
         Tensor[N, C, H, W].
     """
-    tensors = cast_for_autocast(x, weight, bias, rel_rows, rel_cols)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    tensors = (x, weight, bias, *cast_embeddings(x, rel_rows, rel_cols))
     # Not cast, as a sum under autocast has the wider of two dtypes.
     added = (residual, output_scale, output_shift)
     arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)
@@ -89,12 +91,25 @@ def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) ->
         )
     groups = _groups(tensors[0], tensors[1], num_heads)
     if groups == 1:
-        return _ProjectedAttention.apply(*tensors, num_heads, kernel_size)
+        return _unfused(*tensors, num_heads, kernel_size)
     outputs = [
-        _ProjectedAttention.apply(*group, num_heads // groups, kernel_size)
+        _unfused(*group, num_heads // groups, kernel_size)
         for group in _split_heads(tensors, groups)
     ]
     return torch.cat(outputs, dim=1)
+
+
+def _unfused(*arguments: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        return _ProjectedAttention.apply(*arguments)
+    return _unfused_forward(*arguments)[0]
+
+
+def _unfused_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
+    return local_attention_op(*F.conv2d(x, weight, bias).chunk(3, dim=1), *arguments)
 
 
 def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
@@ -120,22 +135,12 @@ def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
 
 class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rel_rows: Tensor | None,
-        rel_cols: Tensor | None,
-        num_heads: int,
-        kernel_size: int,
-    ) -> Tensor:
-        maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
-        output, logsumexp = local_attention_op(*maps, rel_rows, rel_cols, num_heads, kernel_size)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, logsumexp = _unfused_forward(*arguments)
+        *tensors, ctx.num_heads, ctx.kernel_size = arguments
         # On the CPU the native backward does without the output; eager computes it anew.
-        kept_output = output if x.is_cuda else None
-        ctx.save_for_backward(x, weight, bias, rel_rows, rel_cols, logsumexp, kept_output)
-        ctx.num_heads, ctx.kernel_size = num_heads, kernel_size
+        kept_output = output if output.is_cuda else None
+        ctx.save_for_backward(*tensors, logsumexp, kept_output)
         return output
 
     @staticmethod
@@ -187,7 +192,9 @@ def _unfused_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and embeddings."""
     # As in the forward, where autocast had been applied to the tensors.
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
     grad_maps, *grads = local_attention_backward_op(
         grad_output, output, logsumexp, *maps, *embeddings, ctx.num_heads, ctx.kernel_size

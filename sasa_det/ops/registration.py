@@ -19,6 +19,7 @@ from . import flops
 from .backends import choose
 from .calls import (
     AttentionCall,
+    GroupNormCall,
     ProjectedCall,
     ResidualCall,
     StemCall,
@@ -52,8 +53,12 @@ def _without_autocast(operator: Callable) -> Callable:
         device = arguments[0].device.type
         if not torch.is_autocast_enabled(device):
             return operator(*arguments)
-        with torch.autocast(device, enabled=False):
+        # By hand: torch.autocast asks many questions before it does this.
+        torch.set_autocast_enabled(device, False)
+        try:
             return operator(*arguments)
+        finally:
+            torch.set_autocast_enabled(device, True)
 
     return call
 
@@ -131,6 +136,29 @@ def residual_projection_op(*arguments: Any) -> Tensor:
     """Without a gradient; see :func:`sasa_det.ops.residual_projection`."""
     call = ResidualCall(*arguments)
     return choose("residual_projection", call).forward(call)
+
+
+_GROUP_NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? statistics, int num_groups, float eps"
+
+
+@custom_op(
+    "sasa_det::group_norm_relu", mutates_args=(), schema=f"({_GROUP_NORM}) -> (Tensor, Tensor)"
+)
+def group_norm_relu_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The output and the statistics; differentiated by :func:`sasa_det.ops.group_norm_relu`."""
+    call = GroupNormCall(*arguments)
+    return choose("group_norm_relu", call).forward(call)
+
+
+@custom_op(
+    "sasa_det::group_norm_relu_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_GROUP_NORM}) -> Tensor[]",
+)
+def group_norm_relu_backward_op(grad_output: Tensor, *arguments: Any) -> list[Tensor]:
+    """Gradients of x, and of weight and bias in one float32 tensor (2, C)."""
+    call = GroupNormCall(*arguments)
+    return choose("group_norm_relu", call).backward(call, grad_output)
 
 
 @custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
@@ -214,6 +242,17 @@ def _(grad_output, logsumexp, input_gradient, weight_gradient, *arguments):
 @residual_projection_op.register_fake
 def _(residual, x, weight, bias):
     return torch.empty_like(residual)
+
+
+@group_norm_relu_op.register_fake
+def _(x, weight, bias, statistics, num_groups, eps):
+    statistics = x.new_empty(x.shape[0], 1, 2, num_groups, dtype=torch.float32)
+    return torch.empty_like(x), statistics
+
+
+@group_norm_relu_backward_op.register_fake
+def _(grad_output, x, *arguments):
+    return [torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)]
 
 
 @stem_attention_op.register_fake

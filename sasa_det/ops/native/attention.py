@@ -32,7 +32,8 @@ def backward(
         library.Map.of, grad_maps.chunk(3, dim=1)
     )
     grads = [grad_maps, *run_backward(arguments, call, grad_output)]
-    return [grad.to(call.query.dtype) for grad in grads]
+    embeddings = [x for x in call[3:5] if x is not None]
+    return [grad.to(x.dtype) for grad, x in zip(grads, (call.query, *embeddings))]
 
 
 def run_backward(

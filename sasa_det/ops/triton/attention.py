@@ -71,7 +71,7 @@ def backward(
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
     if call.rel_rows is None:
         return [grad_maps]
-    total = partial_sums.sum(dim=0).to(call.query.dtype)
+    total = partial_sums.sum(dim=0).to(call.rel_rows.dtype)
     _, size, half = call.rel_rows.shape
     grad_rows = total[:, :size, :half]
     grad_cols = total[:, total.shape[1] // 2 :][:, :size, half : 2 * half]
@@ -116,7 +116,10 @@ def key_value_gradient_launch(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> Launch:
-    """Writes ``grad_key`` and ``grad_value``, which have the same strides; reads the ``mean`` of ``query_gradient_launch``."""
+    """Writes ``grad_key`` and ``grad_value``, whose strides are the same.
+
+    Reads the ``mean`` of ``query_gradient_launch``.
+    """
     from .backward_kernels import key_value_gradient_kernel
 
     arguments = _arguments(call, grad_output=grad_output, grad_key=grad_key)

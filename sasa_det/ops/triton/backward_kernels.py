@@ -78,7 +78,10 @@ def query_gradient_kernel(
     col_offset = halo_cols[None] - tile_cols[:, None]
     col_window = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
     if RELATIVE:
-        table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
+        dtype: tl.constexpr = query.dtype.element_ty
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, dtype
+        )
         table_total = tl.zeros([T, PADDED_DIM], tl.float32)
     for index in range(tl.program_id(1), num_images * tiles, tl.num_programs(1)):
         n, tile = index // tiles, index % tiles
@@ -205,7 +208,10 @@ def key_value_gradient_kernel(
     k = load(base_of(key, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
     v = load(base_of(value, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
-        table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
+        dtype: tl.constexpr = query.dtype.element_ty
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, dtype
+        )
 
     tile_rows, tile_cols = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_W)
     chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W

@@ -105,6 +105,7 @@ def load_table(
     PADDED_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     KERNEL_PAD: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """(T, D): the row embeddings in the first half of the channels, below them the column
     embeddings in the second half. One product with it gives all factors of q . r."""
@@ -118,7 +119,7 @@ def load_table(
     rows = tl.load(rel_rows + start + offset * HALF + channel, mask=is_row, other=0.0)
     col_index = start + (offset - KERNEL_PAD) * HALF + channel - HALF
     cols = tl.load(rel_cols + col_index, mask=is_col, other=0.0)
-    return tl.where(is_row, rows, cols)
+    return convert(tl.where(is_row, rows.to(tl.float32), cols.to(tl.float32)), dtype)
 
 
 @triton.jit
@@ -169,7 +170,9 @@ def forward_kernel(
     col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
     col_seen = col_seen & within(left - RADIUS + halo_cols, width)[None]
     if RELATIVE:
-        table = load_table(rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD)
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, q.dtype
+        )
         zeros = tl.zeros([M, 2 * KERNEL_PAD], tl.float32)
         table_logits = dot(q, tl.trans(table), zeros, PRECISION)
         col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 1)

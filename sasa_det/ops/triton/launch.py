@@ -77,5 +77,35 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     def run(self) -> None:
-        if min(self.grid) > 0:  # empty batches have no programs
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        if min(self.grid) < 1:  # empty batches have no programs
+            return
+        named = {**self.arguments, **self.constants}
+        arguments = [named[name] for name in self.kernel.arg_names]
+        options = tuple(self.options.values())
+        key = (self.kernel, _current_device(), options, *map(_specialized, arguments))
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[(*self.grid, 1, 1)](*arguments)
+            return
+        compiled = self.kernel[self.grid](*arguments, **self.options)
+        if len(_COMPILED) >= _MOST_COMPILED:
+            _COMPILED.clear()
+        if compiled is not None:  # the interpreter compiles nothing
+            _COMPILED[key] = compiled
+
+
+# Triton finds a compiled kernel by its arguments itself, but takes longer than many a kernel runs.
+_COMPILED: dict[tuple, Any] = {}
+# Strides differ with the size of images, of which there may be any number.
+_MOST_COMPILED = 4096
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _specialized(argument: Any) -> Any:
+    """What Triton may compile a kernel for: of a tensor its dtype and alignment, else all of it."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument

@@ -1,0 +1,159 @@
+"""``group_norm_relu`` on CUDA, in Triton.
+
+For maps whose channels are last, which torch's own group norm copies to the other format, in
+float32 under autocast; the convolution behind it copies its output back. Here the map is read
+twice and the output written once, both in the map's own dtype, all between them in float32.
+
+Two kernels, without atomics: of one image each program of the first takes the statistics of some
+positions, each program of the second puts all of them together. The backward is two as well.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls import GroupNormCall
+from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
+
+# Numbers of a tile, 16 a thread: with four times as many, the backward runs out of registers.
+_TILE = 2048
+_MAX_CHANNELS = 2048
+# Programs an image: each of them reads the sums of all the others.
+_MAX_CHUNKS = 64
+
+
+def refuses(call: GroupNormCall) -> str | None:
+    x = call.x
+    reason = refuses_tensor(x)
+    if reason is not None:
+        return reason
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "it serves maps whose channels are last"
+    if x.shape[1] > _MAX_CHANNELS:
+        return f"it serves maps of up to {_MAX_CHANNELS} channels, not {x.shape[1]}"
+    if x[:1].numel() >= 2**31:
+        return "it does not serve images of more than 2 ** 31 numbers"
+    return None
+
+
+def forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
+    x, statistics = call.x, call.statistics
+    output = torch.empty_like(x)
+    of_image = new_statistics(call, 1)
+    with on_device(x):
+        if statistics is None:
+            statistics = new_statistics(call, tiling(call).chunks)
+            statistics_launch(call, statistics).run()
+        forward_launch(call, statistics, output, of_image).run()
+    return output, of_image
+
+
+def backward(call: GroupNormCall, grad_output: Tensor) -> list[Tensor]:
+    x, chunks = call.x, tiling(call).chunks
+    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    grad_input = torch.empty_like(x)
+    of_channels = x.new_empty(x.shape[0], chunks, 2, x.shape[1], dtype=torch.float32)
+    of_groups = new_statistics(call, chunks)
+    with on_device(x):
+        gradient_sums_launch(call, grad_output, of_channels, of_groups).run()
+        input_gradient_launch(call, grad_output, of_groups, grad_input).run()
+    return [grad_input, of_channels.sum(dim=(0, 1))]
+
+
+def statistics_launch(call: GroupNormCall, statistics: Tensor) -> Launch:
+    from .group_norm_kernels import statistics_kernel
+
+    return _launch(statistics_kernel, call, {"statistics": statistics})
+
+
+def forward_launch(
+    call: GroupNormCall, statistics: Tensor, output: Tensor, of_image: Tensor
+) -> Launch:
+    """From statistics of the chunks of an image, or of all of it; writes ``of_image`` as well."""
+    from .group_norm_kernels import forward_kernel
+
+    chunks, plan = statistics.shape[1], tiling(call)
+    positions = call.x.shape[2] * call.x.shape[3]
+    arguments = _parameters(call, statistics) | {
+        "output": output,
+        "statistics_of_image": of_image,
+        "chunks": chunks,
+        "positions_of_chunk": positions if chunks == 1 else plan.tiles * plan.block,
+    }
+    return _launch(forward_kernel, call, arguments, CHUNKS_PAD=next_power_of_2(chunks))
+
+
+def gradient_sums_launch(
+    call: GroupNormCall, grad_output: Tensor, channel_sums: Tensor, group_sums: Tensor
+) -> Launch:
+    from .group_norm_kernels import gradient_sums_kernel
+
+    arguments = _parameters(call, call.statistics) | {
+        "grad_output": grad_output,
+        "channel_sums": channel_sums,
+        "group_sums": group_sums,
+    }
+    return _launch(gradient_sums_kernel, call, arguments)
+
+
+def input_gradient_launch(
+    call: GroupNormCall, grad_output: Tensor, group_sums: Tensor, grad_input: Tensor
+) -> Launch:
+    from .group_norm_kernels import input_gradient_kernel
+
+    chunks = group_sums.shape[1]
+    arguments = _parameters(call, call.statistics) | {
+        "grad_output": grad_output,
+        "group_sums": group_sums,
+        "grad_input": grad_input,
+        "chunks": chunks,
+    }
+    return _launch(input_gradient_kernel, call, arguments, CHUNKS_PAD=next_power_of_2(chunks))
+
+
+def _parameters(call: GroupNormCall, statistics: Tensor | None) -> dict[str, Any]:
+    parameters = {"weight": call.weight, "bias": call.bias, "eps": call.eps}
+    return parameters | {"statistics": statistics}
+
+
+def _launch(
+    kernel: Any, call: GroupNormCall, arguments: dict[str, Any], **constants: int
+) -> Launch:
+    """With what all kernels take."""
+    n, channels, height, width = call.x.shape
+    plan, dim = tiling(call), channels // call.num_groups
+    arguments |= {"x": call.x, "positions": height * width, "tiles": plan.tiles}
+    constants |= {
+        "GROUPS": call.num_groups,
+        "DIM": dim,
+        "BLOCK": plan.block,
+        "GROUPS_PAD": next_power_of_2(call.num_groups),
+        "DIM_PAD": next_power_of_2(dim),
+    }
+    options = {"num_warps": 4, "num_stages": 2}
+    return Launch(kernel, (plan.chunks, n), arguments, constants, options)
+
+
+class Tiling(NamedTuple):
+    """How the positions of an image are shared out: ``chunks`` programs, each with so many
+    ``tiles`` of ``block`` positions, the last one perhaps with fewer."""
+
+    block: int
+    tiles: int
+    chunks: int
+
+
+def tiling(call: GroupNormCall) -> Tiling:
+    _, channels, height, width = call.x.shape
+    groups = next_power_of_2(call.num_groups)
+    block = max(1, _TILE // (groups * next_power_of_2(channels // call.num_groups)))
+    all_tiles = cdiv(height * width, block)
+    tiles = cdiv(all_tiles, _MAX_CHUNKS)
+    return Tiling(block, tiles, cdiv(all_tiles, tiles))
+
+
+def new_statistics(call: GroupNormCall, chunks: int) -> Tensor:
+    """Two numbers for each group of an image, or of each of its chunks."""
+    shape = (call.x.shape[0], chunks, 2, call.num_groups)
+    return call.x.new_empty(shape, dtype=torch.float32)
