@@ -189,7 +189,7 @@ def test_empty_batches():
 
 # N, H, W, C_in, C, heads, mixtures, block
 STEM_SHAPES = [
-    (2, 8, 22, 3, 16, 2, 4, 4),  # six blocks across, four of which are a program's
+    (2, 8, 22, 3, 16, 2, 4, 4),  # six blocks across, the last of them over the border
     (1, 5, 6, 3, 8, 2, 4, 4),  # blocks reach over both borders
     (2, 1, 1, 3, 4, 1, 2, 4),
     (1, 6, 4, 1, 4, 2, 3, 2),
@@ -234,6 +234,12 @@ def test_pooled_stem_by_content_only_and_with_channels_last():
         return image.to(memory_format=torch.channels_last)
 
     check_pooled(STEM_SHAPES[1], torch.float32, relative=False, change=channels_last)
+
+
+@pytest.mark.usefixtures("backend")
+def test_pooled_stem_when_programs_have_many_tiles(monkeypatch):
+    monkeypatch.setattr(stem, "_SUMMING_PROGRAMS", 1)
+    check_pooled((1, 9, 45, 3, 4, 1, 2, 4), torch.float32)
 
 
 @pytest.mark.usefixtures("backend")

@@ -28,7 +28,7 @@ from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 _SUMMING_PROGRAMS = 4096
 # Blocks that a program works on at once.
 _FORWARD_TILE = 32
-_BACKWARD_TILE = 4
+_BACKWARD_TILE = 2
 # Of a head, that the forward works on at once: the values of a block must fit a thread's registers.
 _CHANNELS = 8
 _LOG2_E = 1.4426950408889634
@@ -117,7 +117,7 @@ def backward_launch(
     arguments |= dict(zip(names, grads)) | {"grad_maximum_strides": grads[0].stride()}
     arguments |= dict(zip(("grad_products", "grad_relative", "grad_value_weight"), sums))
     grid = (call.num_heads, sums[0].shape[0])
-    options = {"num_warps": 2, "num_stages": 1}  # for the registers of more threads
+    options = {"num_warps": 1, "num_stages": 1}  # which need not wait for each other
     return Launch(pooled_backward_kernel, grid, arguments, constants(call), options)
 
 
@@ -127,10 +127,18 @@ def constants(call: StemCall) -> dict[str, Any]:
     return {
         "IN_CHANNELS": call.image.shape[1],
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # what every version of tl.dot takes
+        "PADDED_DIM": max(_least_rows(), next_power_of_2(head_dim)),
         "BLOCK_SIZE": call.mixture.shape[-1],
         "BLOCKS": _BACKWARD_TILE,
     }
+
+
+def _least_rows() -> int:
+    """Of a factor of ``tl.dot``."""
+    from triton import __version__
+
+    major, minor = __version__.split(".")[:2]
+    return 16 if (int(major), int(minor)) < (3, 5) else 8
 
 
 def _image(call: StemCall) -> dict[str, Any]:

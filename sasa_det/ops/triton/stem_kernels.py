@@ -257,6 +257,13 @@ def output_gradient(result, inside, grad_maximum, grad_sum, grad_square_sum):
     return tl.where(inside[:, None, :], grad, 0.0)
 
 
+@triton.jit
+def deepen(x):
+    """(B, D, P) to (B, 2 * D, P), every other channel zeros."""
+    pairs = tl.permute(tl.join(x, tl.zeros_like(x)), (0, 1, 3, 2))
+    return tl.reshape(pairs, (x.shape[0], 2 * x.shape[1], x.shape[2]))
+
+
 @triton.jit(do_not_specialize=["num_images", "height", "width"])
 def pooled_backward_kernel(
     image,
@@ -315,6 +322,8 @@ def pooled_backward_kernel(
         grad_of_maximum = tl.load(pointers, mask, 0.0).to(tl.float32)
         grad = output_gradient(result, inside, grad_of_maximum, grad_of_sum, grad_of_square)
         grad_value = tl.dot(grad, tl.trans(weights, 0, 2, 1), input_precision="ieee")
+        if PADDED_DIM < 16:  # the least depth of a product
+            value, grad = deepen(value), deepen(grad)
         grad_weights = tl.dot(tl.trans(value, 0, 2, 1), grad, input_precision="ieee")
         grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None, :])
 
