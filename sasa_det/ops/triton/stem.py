@@ -43,7 +43,8 @@ def refuses(call: StemCall) -> str | None:
 
 def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
     pooled = empty_pooled(call)
-    maximum = pooled.contiguous()  # as the kernel writes it; on a GPU it is
+    # As the kernel writes it.
+    maximum = torch.empty_like(pooled, memory_format=torch.contiguous_format)
     sums = new_partial_sums(call, 2, call.num_heads, constants(call)["PADDED_DIM"])
     with on_device(call.image):
         forward_launch(call, Stem(call), maximum, sums).run()
