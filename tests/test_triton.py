@@ -288,7 +288,7 @@ def test_group_norm_and_relu(shape, dtype, monkeypatch):
     assert output.stride() == x.stride()
     with torch.no_grad():
         again, _ = group_norm_relu(x, groups, *inputs[1:], 1e-5, statistics=statistics)
-    assert torch.allclose(again, output, rtol=1e-6)
+    assert torch.equal(again, output)
 
 
 @pytest.mark.usefixtures("backend")
@@ -298,8 +298,9 @@ def test_no_kernel_normalises_maps_whose_channels_are_not_last():
 
 
 @pytest.mark.usefixtures("backend")
-def test_a_layer_behind_a_group_norm_keeps_its_input_and_has_the_same_gradients():
-    torch.manual_seed(0)
+def test_a_layer_behind_a_group_norm_keeps_its_input_and_has_the_same_gradients(monkeypatch):
+    # Which is cuDNN's default for float32.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     layer = PreActivationSelfAttention2d(
         LocalSelfAttention2d(64, 64, kernel_size=3), nn.GroupNorm(32, 64)
     ).to(DEVICE)

@@ -168,8 +168,11 @@ class PreActivationSelfAttention2d(nn.Module):
                 return packed
             if again:
                 return again.pop()
-            with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
-                again.append(norm_relu(self.norm, kept, statistics))
+            with torch.no_grad():
+                if statistics is not None:  # without a question to autocast, as in the forward
+                    return norm_relu(self.norm, kept, statistics)
+                with torch.autocast(device, autocast[1], enabled=autocast[0]):
+                    again.append(F.relu_(self.norm(kept)))
             return again[0]
 
         with saved_tensors_hooks(pack, unpack):

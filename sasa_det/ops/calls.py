@@ -103,8 +103,8 @@ def empty_map(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Ten
 def empty_pooled(call: StemCall) -> Tensor:
     """(N, C, blocks down, blocks across) for the pooled stem's maximum.
 
-    On the CPU in channels_last: convolution and attention are quicker there, and follow the format
-    of their input.
+    In channels_last: convolution and attention are quicker there, and follow the format of their
+    input.
     """
     n, _, height, width = call.image.shape
     channels, block_size = call.query_weight.shape[0], call.mixture.shape[-1]
@@ -112,5 +112,5 @@ def empty_pooled(call: StemCall) -> Tensor:
         (n, channels, -(-height // block_size), -(-width // block_size)),
         dtype=call.image.dtype,
         device=call.image.device,
-        memory_format=torch.contiguous_format if call.image.is_cuda else torch.channels_last,
+        memory_format=torch.channels_last,
     )

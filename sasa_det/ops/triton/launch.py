@@ -48,7 +48,9 @@ def refuses_tensor(x: Tensor) -> str | None:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Within it kernels are launched on the device of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -81,8 +83,11 @@ class Launch(NamedTuple):
             return
         named = {**self.arguments, **self.constants}
         arguments = [named[name] for name in self.kernel.arg_names]
-        options = tuple(self.options.values())
-        key = (self.kernel, _current_device(), options, *map(_specialized, arguments))
+        # What Triton may compile for: of a tensor its dtype and alignment, else all of it.
+        specialized = [
+            (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments
+        ]
+        key = (self.kernel, _current_device(), *self.options.values(), *specialized)
         compiled = _COMPILED.get(key)
         if compiled is not None:
             compiled[(*self.grid, 1, 1)](*arguments)
@@ -102,10 +107,3 @@ _MOST_COMPILED = 4096
 
 def _current_device() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-
-def _specialized(argument: Any) -> Any:
-    """What Triton may compile a kernel for: of a tensor its dtype and alignment, else all of it."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument

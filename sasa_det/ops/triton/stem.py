@@ -50,7 +50,8 @@ def refuses(call: StemCall) -> str | None:
 
 def forward(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:
     pooled = empty_pooled(call)
-    maximum = pooled.contiguous()  # as the kernel writes it; on a GPU it is
+    # As the kernel writes it.
+    maximum = torch.empty_like(pooled, memory_format=torch.contiguous_format)
     sums = new_partial_sums(call, 2, maximum.shape[1], tile=_FORWARD_TILE)
     with on_device(call.image):
         forward_launch(call, Stem(call), maximum, sums).run()
