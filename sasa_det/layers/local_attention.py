@@ -9,6 +9,7 @@ from sasa_det.ops import (
     group_norm_relu,
     local_attention,
     local_attention_weights,
+    normed_attention,
     projected_attention,
 )
 from sasa_det.ops.checks import check_heads, check_kernel_size
@@ -81,7 +82,7 @@ class LocalSelfAttention2d(nn.Module):
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
         projection = self.projection
-        if type(projection) is nn.Conv2d and not has_hooks(projection):
+        if is_plain(projection):
             weight, bias = projection.weight, projection.bias
             return projected_attention(
                 x,
@@ -148,11 +149,38 @@ class PreActivationSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
             return add_attention(x, self.attention, F.relu(self.norm(x)))
-        fused = fused_norm_relu(self.norm, x)
-        normed, statistics = fused or (self.norm(x), None)
-        # A group norm costs less to compute again than its output takes memory until the backward.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return add_attention(x, self.attention, normed if fused else F.relu_(normed))
+            return add_attention(x, self.attention, norm_relu(self.norm, x))
+        fused = self._fused(x)
+        return self._norm_computed_again(x) if fused is None else fused
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """See :func:`sasa_det.ops.normed_attention`."""
+        norm, attention = self.norm, self.attention
+        if type(norm) is not nn.GroupNorm or has_hooks(norm):
+            return None
+        if type(attention) is not LocalSelfAttention2d or has_hooks(attention):
+            return None
+        projection = attention.projection
+        if attention.position == "absolute" or not is_plain(projection):
+            return None
+        return normed_attention(
+            x,
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            projection.weight,
+            projection.bias,
+            attention.rel_rows,
+            attention.rel_cols,
+            num_heads=attention.num_heads,
+            kernel_size=attention.kernel_size,
+        )
+
+    def _norm_computed_again(self, x: Tensor) -> Tensor:
+        """A group norm costs less to compute again than its output takes memory until then."""
+        normed = self.norm(x)
         kept = x.detach()  # which the norm keeps anyway
         # Not the tensor, which the closure would keep alive.
         address, shape = normed.data_ptr(), normed.shape
@@ -168,19 +196,16 @@ class PreActivationSelfAttention2d(nn.Module):
                 return packed
             if again:
                 return again.pop()
-            with torch.no_grad():
-                if statistics is not None:  # without a question to autocast, as in the forward
-                    return norm_relu(self.norm, kept, statistics)
-                with torch.autocast(device, autocast[1], enabled=autocast[0]):
-                    again.append(F.relu_(self.norm(kept)))
+            with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
+                again.append(F.relu_(self.norm(kept)))
             return again[0]
 
         with saved_tensors_hooks(pack, unpack):
-            return add_attention(x, self.attention, normed if fused else F.relu_(normed))
+            return add_attention(x, self.attention, F.relu_(normed))
 
 
 class NormReLU(nn.Sequential):
-    """A norm and ReLU, as one where :func:`fused_norm_relu` is."""
+    """A norm and ReLU, as one where there is a kernel for both."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__(norm, nn.ReLU(inplace=True))
@@ -189,19 +214,12 @@ class NormReLU(nn.Sequential):
         return norm_relu(self[0], x)
 
 
-def norm_relu(norm: nn.Module, x: Tensor, statistics: Tensor | None = None) -> Tensor:
-    fused = fused_norm_relu(norm, x, statistics)
-    return F.relu_(norm(x)) if fused is None else fused[0]
-
-
-def fused_norm_relu(
-    norm: nn.Module, x: Tensor, statistics: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """See :func:`sasa_det.ops.group_norm_relu`."""
-    if type(norm) is not nn.GroupNorm or has_hooks(norm):
-        return None
-    parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return group_norm_relu(x, *parameters, statistics=statistics)
+def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """relu(norm(x)); see :func:`sasa_det.ops.group_norm_relu`."""
+    fused = None
+    if type(norm) is nn.GroupNorm and not has_hooks(norm):
+        fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.relu_(norm(x)) if fused is None else fused
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
@@ -210,6 +228,11 @@ def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> T
         return attention.add_to(residual, x)
     output = attention(x)
     return output if residual is None else residual + output
+
+
+def is_plain(projection: nn.Module) -> bool:
+    """Whether its weights are all there is to it."""
+    return type(projection) is nn.Conv2d and not has_hooks(projection)
 
 
 def has_hooks(module: nn.Module) -> bool:

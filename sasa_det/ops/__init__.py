@@ -9,6 +9,7 @@ from .functional import (
     stem_attention_weights,
 )
 from .group_norm import group_norm_relu
+from .normed_attention import normed_attention
 from .projected import projected_attention
 from .residual import residual_projection
 
@@ -17,6 +18,7 @@ __all__ = [
     "group_norm_relu",
     "local_attention",
     "local_attention_weights",
+    "normed_attention",
     "projected_attention",
     "residual_projection",
     "stem_attention",

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import eager, eager_stem, registration
 from .calls import AttentionCall, StemCall, compute_dtype
 from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
+from .operator import makes_a_program
 
 
 def local_attention(
@@ -229,11 +230,6 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     embeddings = (num_heads, 2 * block_size - 1, head_dim // 2)
     check_embeddings(call.rel_rows, call.rel_cols, embeddings, like=call.image)
     return call
-
-
-def makes_a_program() -> bool:
-    """Whether what is called is to be traced or compiled, and not only computed."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def runs_eagerly(x: Tensor) -> bool:

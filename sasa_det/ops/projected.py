@@ -1,6 +1,6 @@
 """The projections of an attention layer and its attention, with little kept for the backward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
-from .functional import cast_embeddings, cast_for_autocast, local_attention, makes_a_program
+from .functional import cast_embeddings, cast_for_autocast, local_attention
+from .operator import makes_a_program
 from .registration import (
     align,
     local_attention_backward_op,
@@ -102,10 +103,10 @@ def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) ->
 def _unfused(*arguments: Any) -> Tensor:
     if torch.is_grad_enabled():
         return _ProjectedAttention.apply(*arguments)
-    return _unfused_forward(*arguments)[0]
+    return unfused_forward(*arguments)[0]
 
 
-def _unfused_forward(
+def unfused_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
@@ -136,7 +137,7 @@ def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
 class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        output, logsumexp = _unfused_forward(*arguments)
+        output, logsumexp = unfused_forward(*arguments)
         *tensors, ctx.num_heads, ctx.kernel_size = arguments
         # On the CPU the native backward does without the output; eager computes it anew.
         kept_output = output if output.is_cuda else None
@@ -146,7 +147,8 @@ class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         *tensors, logsumexp, output = ctx.saved_tensors
-        grads = _unfused_backward(ctx, grad_output, logsumexp, output, *tensors)
+        options = (ctx.num_heads, ctx.kernel_size, ctx.needs_input_grad[:3])
+        grads = unfused_backward(grad_output, logsumexp, output, tuple(tensors), *options)
         return *grads, None, None
 
 
@@ -176,28 +178,29 @@ class _FusedAttention(torch.autograd.Function):
             tensors = [t if asked else None for t, asked in zip(tensors, asked_for)]
             return *align(grads, tensors), grad_residual, None, None
         # The backend or the number of threads was changed since the forward.
-        grads = _unfused_backward(ctx, grad_output, logsumexp, None, *tensors)
+        options = (ctx.num_heads, ctx.kernel_size, ctx.needs_input_grad[:3])
+        grads = unfused_backward(grad_output, logsumexp, None, tuple(tensors), *options)
         return *grads, grad_residual, None, None
 
 
-def _unfused_backward(
-    ctx: Any,
+def unfused_backward(
     grad_output: Tensor,
     logsumexp: Tensor,
     output: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *embeddings: Tensor | None,
+    tensors: tuple[Any, ...],
+    num_heads: int,
+    kernel_size: int,
+    needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and embeddings."""
+    """Gradients of ``tensors``: x, weight and bias, as far as needed, and the embeddings."""
+    x, weight, bias, *embeddings = tensors
     # As in the forward, where autocast had been applied to the tensors.
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
     grad_maps, *grads = local_attention_backward_op(
-        grad_output, output, logsumexp, *maps, *embeddings, ctx.num_heads, ctx.kernel_size
+        grad_output, output, logsumexp, *maps, *embeddings, num_heads, kernel_size
     )
     projection_grads = torch.ops.aten.convolution_backward(
         grad_maps,
@@ -210,6 +213,6 @@ def _unfused_backward(
         transposed=False,
         output_padding=[0, 0],
         groups=1,
-        output_mask=ctx.needs_input_grad[:3],
+        output_mask=needed,
     )
     return *projection_grads, *(grads or (None, None))

@@ -6,13 +6,10 @@ computes it. Where a backend projects queries, keys and values as well, ``::proj
 stands for the convolution and ``::local_attention``.
 """
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import flops
@@ -29,6 +26,7 @@ from .calls import (
     empty_pooled,
 )
 from .checks import check_attention, check_projected_attention
+from .operator import operator
 
 # The arguments of the calls, as AttentionCall and StemCall have them.
 _ATTENTION = (
@@ -45,28 +43,7 @@ _STEM = (
 )
 
 
-def _without_autocast(operator: Callable) -> Callable:
-    """The tensors have been cast already; autocast would reach into what computes in float32."""
-
-    @wraps(operator)
-    def call(*arguments: Any) -> Any:
-        device = arguments[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return operator(*arguments)
-        # By hand: torch.autocast asks many questions before it does this.
-        torch.set_autocast_enabled(device, False)
-        try:
-            return operator(*arguments)
-        finally:
-            torch.set_autocast_enabled(device, True)
-
-    return call
-
-
-@custom_op(
-    "sasa_det::local_attention", mutates_args=(), schema=f"({_ATTENTION}) -> (Tensor, Tensor)"
-)
-@_without_autocast
+@operator(f"local_attention({_ATTENTION}) -> (Tensor, Tensor)")
 def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The output, and (N, heads, H, W) log-sum-exp of the logits in the compute dtype."""
     call = AttentionCall(*arguments)
@@ -74,12 +51,10 @@ def local_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return choose("local_attention", call).forward(call)
 
 
-@custom_op(
-    "sasa_det::local_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_output, Tensor? output, Tensor logsumexp, {_ATTENTION}) -> Tensor[]",
+@operator(
+    "local_attention_backward(Tensor grad_output, Tensor? output, Tensor logsumexp, "
+    f"{_ATTENTION}) -> Tensor[]"
 )
-@_without_autocast
 def local_attention_backward_op(
     grad_output: Tensor, output: Tensor | None, logsumexp: Tensor, *arguments: Any
 ) -> list[Tensor]:
@@ -93,10 +68,7 @@ def local_attention_backward_op(
     return choose("local_attention", call).backward(call, grad_output, output, logsumexp)
 
 
-@custom_op(
-    "sasa_det::projected_attention", mutates_args=(), schema=f"({_PROJECTED}) -> (Tensor, Tensor)"
-)
-@_without_autocast
+@operator(f"projected_attention({_PROJECTED}) -> (Tensor, Tensor)")
 def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As ``local_attention``; differentiated by :func:`sasa_det.ops.projected_attention`."""
     call = ProjectedCall(*arguments)
@@ -104,13 +76,10 @@ def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     return choose("projected_attention", call).forward(call)
 
 
-@custom_op(
-    "sasa_det::projected_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad_output, Tensor logsumexp, bool input_gradient, bool weight_gradient, "
-    f"{_PROJECTED}) -> Tensor[]",
+@operator(
+    "projected_attention_backward(Tensor grad_output, Tensor logsumexp, bool input_gradient, "
+    f"bool weight_gradient, {_PROJECTED}) -> Tensor[]"
 )
-@_without_autocast
 def projected_attention_backward_op(
     grad_output: Tensor,
     logsumexp: Tensor,
@@ -127,11 +96,7 @@ def projected_attention_backward_op(
     return implementation.backward(call, grad_output, logsumexp, *asked_for)
 
 
-@custom_op(
-    "sasa_det::residual_projection",
-    mutates_args=(),
-    schema="(Tensor residual, Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-)
+@operator("residual_projection(Tensor residual, Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def residual_projection_op(*arguments: Any) -> Tensor:
     """Without a gradient; see :func:`sasa_det.ops.residual_projection`."""
     call = ResidualCall(*arguments)
@@ -141,39 +106,27 @@ def residual_projection_op(*arguments: Any) -> Tensor:
 _GROUP_NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? statistics, int num_groups, float eps"
 
 
-@custom_op(
-    "sasa_det::group_norm_relu", mutates_args=(), schema=f"({_GROUP_NORM}) -> (Tensor, Tensor)"
-)
+@operator(f"group_norm_relu({_GROUP_NORM}) -> (Tensor, Tensor)")
 def group_norm_relu_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The output and the statistics; differentiated by :func:`sasa_det.ops.group_norm_relu`."""
     call = GroupNormCall(*arguments)
     return choose("group_norm_relu", call).forward(call)
 
 
-@custom_op(
-    "sasa_det::group_norm_relu_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_output, {_GROUP_NORM}) -> Tensor[]",
-)
+@operator(f"group_norm_relu_backward(Tensor grad_output, {_GROUP_NORM}) -> Tensor[]")
 def group_norm_relu_backward_op(grad_output: Tensor, *arguments: Any) -> list[Tensor]:
     """Gradients of x, and of weight and bias in one float32 tensor (2, C)."""
     call = GroupNormCall(*arguments)
     return choose("group_norm_relu", call).backward(call, grad_output)
 
 
-@custom_op("sasa_det::stem_attention", mutates_args=(), schema=f"({_STEM}) -> Tensor")
-@_without_autocast
+@operator(f"stem_attention({_STEM}) -> Tensor")
 def stem_attention_op(*arguments: Any) -> Tensor:
     call = StemCall(*arguments)
     return choose("stem_attention", call).forward(call)
 
 
-@custom_op(
-    "sasa_det::stem_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_output, bool image_gradient, {_STEM}) -> Tensor[]",
-)
-@_without_autocast
+@operator(f"stem_attention_backward(Tensor grad_output, bool image_gradient, {_STEM}) -> Tensor[]")
 def stem_attention_backward_op(
     grad_output: Tensor, image_gradient: bool, *arguments: Any
 ) -> list[Tensor]:
@@ -182,23 +135,16 @@ def stem_attention_backward_op(
     return choose("stem_attention", call).backward(call, grad_output, image_gradient)
 
 
-@custom_op(
-    "sasa_det::stem_attention_pooled",
-    mutates_args=(),
-    schema=f"({_STEM}) -> (Tensor, Tensor, Tensor)",
-)
-@_without_autocast
+@operator(f"stem_attention_pooled({_STEM}) -> (Tensor, Tensor, Tensor)")
 def stem_attention_pooled_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = StemCall(*arguments)
     return choose("stem_attention_pooled", call).forward(call)
 
 
-@custom_op(
-    "sasa_det::stem_attention_pooled_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_maximum, Tensor grad_sum, Tensor grad_square_sum, {_STEM}) -> Tensor[]",
+@operator(
+    "stem_attention_pooled_backward(Tensor grad_maximum, Tensor grad_sum, Tensor grad_square_sum, "
+    f"{_STEM}) -> Tensor[]"
 )
-@_without_autocast
 def stem_attention_pooled_backward_op(
     grad_maximum: Tensor, grad_sum: Tensor, grad_square_sum: Tensor, *arguments: Any
 ) -> list[Tensor]:

@@ -1,0 +1,75 @@
+"""An operator of torch whose implementation is called at once where nobody would notice."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+class Operator:
+    """A function as an operator of torch, ``sasa_det::<name>``.
+
+    Autograd, tracers, compilers, FLOP counters and profilers see it. The way through torch's
+    dispatcher can take longer than a kernel: beside a GPU, 0.17 ms instead of 0.07 forward were
+    measured, 0.49 instead of 0.31 backward. Where none of these is at work, there is no such way.
+
+    Args:
+        signature (str): name and schema, ``"f(Tensor x, int n) -> Tensor"``; nothing is mutated.
+        function: computes it; called with autocast off, because the tensors have been cast.
+    """
+
+    def __init__(self, signature: str, function: Callable) -> None:
+        name, parenthesis, schema = signature.partition("(")
+        self._function = _without_autocast(function)
+        self._registered = custom_op(
+            f"sasa_det::{name}", self._function, mutates_args=(), schema=parenthesis + schema
+        )
+        self.register_fake = self._registered.register_fake
+        self.register_autograd = self._registered.register_autograd
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _somebody_looks(arguments):
+            return self._registered(*arguments)
+        return self._function(*arguments)
+
+
+def operator(signature: str) -> Callable[[Callable], Operator]:
+    """As a decorator: see :class:`Operator`."""
+    return lambda function: Operator(signature, function)
+
+
+def makes_a_program() -> bool:
+    """Whether what is called is to be traced or compiled, and not only computed."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _somebody_looks(arguments: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled() or makes_a_program() or is_in_torch_dispatch_mode():
+        return True
+    if torch.autograd._profiler_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    # Subclasses have their own ways; tensors without numbers only have shapes.
+    return any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors)
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """It would reach into what computes in float32."""
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments)
+        # By hand: torch.autocast asks many questions before it does this.
+        torch.set_autocast_enabled(device, False)
+        try:
+            return function(*arguments)
+        finally:
+            torch.set_autocast_enabled(device, True)
+
+    return call
