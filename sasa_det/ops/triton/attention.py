@@ -14,6 +14,7 @@ walks from queries over keys, for the gradients of queries and embeddings, one f
 queries that see them. Results do not change from run to run.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -64,18 +65,18 @@ def backward(
     grad_query, grad_key, grad_value = grad_maps.chunk(3, dim=1)
     mean = torch.empty_like(logsumexp)
     partial_sums = new_partial_sums(call)
+    embeddings = [x for x in (call.rel_rows, call.rel_cols) if x is not None]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in embeddings]
     with on_device(call.query):
         query_gradient_launch(
             call, grad_output, output, logsumexp, grad_query, mean, partial_sums
         ).run()
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
-    if call.rel_rows is None:
-        return [grad_maps]
-    total = partial_sums.sum(dim=0).to(call.rel_rows.dtype)
-    _, size, half = call.rel_rows.shape
-    grad_rows = total[:, :size, :half]
-    grad_cols = total[:, total.shape[1] // 2 :][:, :size, half : 2 * half]
-    return [grad_maps, grad_rows.contiguous(), grad_cols.contiguous()]
+        if grads and partial_sums.shape[0] == 0:  # of an empty batch
+            grads = [x.zero_() for x in grads]
+        elif grads:
+            embedding_gradient_launch(call, partial_sums, *grads).run()
+    return [grad_maps, *grads]
 
 
 def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> Launch:
@@ -129,6 +130,26 @@ def key_value_gradient_launch(
     )
 
 
+def embedding_gradient_launch(
+    call: AttentionCall, partial_sums: Tensor, grad_rows: Tensor, grad_cols: Tensor
+) -> Launch:
+    """Writes ``grad_rows`` and ``grad_cols`` from the sums of ``query_gradient_launch``."""
+    from .backward_kernels import embedding_gradient_kernel
+
+    arguments = {
+        "partial_sums": partial_sums,
+        "grad_rows": grad_rows,
+        "grad_cols": grad_cols,
+        "programs": partial_sums.shape[0],
+    }
+    grid = (call.num_heads, 2 * call.kernel_size)
+    tile = constants(call) | {"PROGRAMS_AT_ONCE": 64}
+    names = embedding_gradient_kernel.arg_names
+    tile = {name: value for name, value in tile.items() if name in names}
+    options = {"num_warps": 4, "num_stages": 1}
+    return Launch(embedding_gradient_kernel, grid, arguments, tile, options)
+
+
 def options(call: AttentionCall) -> dict[str, int]:
     # One warp, where its registers suffice: keys go from shared memory to the tensor cores once for
     # all queries of a tile. Those have no float32; plain multiply-adds need more threads.
@@ -140,22 +161,29 @@ def options(call: AttentionCall) -> dict[str, int]:
 
 
 def constants(call: AttentionCall) -> dict[str, Any]:
-    """What the kernels are compiled for.
-
-    Tiles of 32 queries were chosen by counting the instructions for sm_90 (bfloat16, k = 7, 32
-    channels a head, channels last): the forward takes 139 a query with tiles of 8 x 8, 118 with
-    4 x 8, 100 with 2 x 8; but keys are loaded 3.5, 5 and 8 times.
-    """
+    """What the kernels are compiled for."""
     head_dim = call.query.shape[1] // call.num_heads
-    block_w = max(8, next_power_of_2(call.kernel_size - 1))
-    halo_w = 2 * block_w  # room for block_w + kernel_size - 1
     return {
         "NUM_HEADS": call.num_heads,
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # 16: the least depth of a product
-        "KERNEL_SIZE": call.kernel_size,
-        "KERNEL_PAD": max(8, next_power_of_2(call.kernel_size)),  # a table of 16 rows at least
         "RELATIVE": call.rel_rows is not None,
+        **_tile(head_dim, call.kernel_size),
+    }
+
+
+@functools.cache
+def _tile(head_dim: int, kernel_size: int) -> dict[str, Any]:
+    """Tiles of 32 queries, chosen by their times on an H200 at k = 7.
+
+    With 2 x 8 of them in a tile instead of 4 x 8 fewer logits are of no use, but keys are loaded 8
+    times instead of 5; with 8 x 8 it is the other way round. Both were slower.
+    """
+    block_w = max(8, next_power_of_2(kernel_size - 1))
+    halo_w = 2 * block_w  # room for block_w + kernel_size - 1
+    return {
+        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # 16: the least depth of a product
+        "KERNEL_SIZE": kernel_size,
+        "KERNEL_PAD": max(8, next_power_of_2(kernel_size)),  # a table of 16 rows at least
         "BLOCK_H": 32 // block_w,
         "BLOCK_W": block_w,
         "HALO_W": halo_w,

@@ -164,6 +164,44 @@ def query_gradient_kernel(
         tl.store(partial_sums + program * T * PADDED_DIM + index, table_total)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def embedding_gradient_kernel(
+    partial_sums,
+    grad_rows,
+    grad_cols,
+    programs,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_PAD: tl.constexpr,
+    PROGRAMS_AT_ONCE: tl.constexpr,
+):
+    """The gradient of one embedding of one head, from the sums of ``query_gradient_kernel``."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    head, embedding = tl.program_id(0), tl.program_id(1)
+    is_col = embedding >= KERNEL_SIZE
+    offset = tl.where(is_col, embedding - KERNEL_SIZE, embedding)
+    row = tl.where(is_col, KERNEL_PAD + offset, offset)  # of the table
+    channel = tl.arange(0, PADDED_DIM)
+    total = tl.zeros([PROGRAMS_AT_ONCE, PADDED_DIM], tl.float32)
+    for first in range(0, programs, PROGRAMS_AT_ONCE):
+        program = first + tl.arange(0, PROGRAMS_AT_ONCE)
+        table = (program * NUM_HEADS + head) * (2 * KERNEL_PAD) + row
+        pointers = partial_sums + (table * PADDED_DIM)[:, None] + channel[None]
+        total += tl.load(pointers, (program < programs)[:, None], 0.0)
+    result = tl.sum(total, 0)
+    start = (head * KERNEL_SIZE + offset) * HALF
+    if is_col:
+        mask = (channel >= HALF) & (channel < HEAD_DIM)
+        tl.store(
+            grad_cols + start + channel - HALF, convert(result, grad_cols.dtype.element_ty), mask
+        )
+    else:
+        mask = channel < HALF
+        tl.store(grad_rows + start + channel, convert(result, grad_rows.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["height", "width"])
 def key_value_gradient_kernel(
     query,

@@ -69,7 +69,7 @@ class Launch(NamedTuple):
         grid (tuple[int, ...]): number of programs.
         arguments (dict): tensors, numbers and tuples of them.
         constants (dict): what it is compiled for.
-        options (dict): num_warps and num_stages.
+        options (dict): num_warps, num_stages and what else Triton's compiler is told.
     """
 
     kernel: Any
