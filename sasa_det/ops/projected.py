@@ -110,7 +110,14 @@ def unfused_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
-    return local_attention_op(*F.conv2d(x, weight, bias).chunk(3, dim=1), *arguments)
+    return local_attention_op(*_projected(x, weight, bias), *arguments)
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values."""
+    if x.is_cuda:  # as the kernels want them; it costs less to copy x than the three
+        x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias).chunk(3, dim=1)
 
 
 def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
@@ -198,7 +205,7 @@ def unfused_backward(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        maps = F.conv2d(x, weight, bias).chunk(3, dim=1)
+        maps = _projected(x, weight, bias)
     grad_maps, *grads = local_attention_backward_op(
         grad_output, output, logsumexp, *maps, *embeddings, num_heads, kernel_size
     )
