@@ -323,6 +323,62 @@ def test_a_layer_behind_a_group_norm_has_the_gradients_of_its_parts(
     assert len(kept) == 2  # the input and what the attention made of it, not what it was given
 
 
+LEVELS = ((5, 9), (3, 5), (2, 3))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
+    monkeypatch, autocast
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head = attention_head().to(DEVICE)
+    features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
+    features = [x.to(memory_format=torch.channels_last).requires_grad_() for x in features]
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            head.register_forward_hook(lambda *_: None)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            outputs = [x for maps in head(features) for x in maps]
+        names = {type(x.grad_fn).__name__ for x in outputs}
+        assert ("ConvolutionBackward0" in names) != at_once  # else they are parts of one output
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+        leaves = [*features, *head.parameters()]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for actual, wanted in zip(*results):
+        assert actual.shape == wanted.shape
+        # In bfloat16 the same numbers are added in another order.
+        error, scale = (actual - wanted).float().norm(), wanted.float().norm()
+        assert error <= (2e-2 if autocast else 1e-5) * scale.clamp_min(1e-3)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_head_with_a_module_of_ones_own_goes_from_level_to_level():
+    head = attention_head().to(DEVICE)
+    head.cls_score = nn.Conv2d(64, 18, 3, padding=1).to(DEVICE)
+    features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
+    with torch.no_grad():
+        logits, _ = head(features)
+        x = head.cls_subnet(features[0])
+        assert torch.equal(logits[0], head.cls_score(x))
+
+
+def attention_head():
+    from detectron2.layers import ShapeSpec
+
+    from sasa_det.modeling.retinanet import AttentionRetinaNetHead
+
+    torch.manual_seed(0)
+    shapes = [ShapeSpec(channels=64)] * len(LEVELS)
+    options = {"num_classes": 2, "num_anchors": 9, "conv_dims": [64], "num_heads": 2}
+    head = AttentionRetinaNetHead(input_shape=shapes, kernel_size=3, **options)
+    for parameter in head.parameters():  # none of which is what it starts with
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return head
+
+
 def test_what_is_refused_is_named():
     inputs, options = make_inputs((1, 8, 4, 4, 2, 19), torch.float32)
     call = AttentionCall(*(x.to("meta") for x in inputs), **options)
@@ -396,6 +452,7 @@ def compile_for_hopper(launch):
     from triton.compiler import ASTSource
 
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    types[torch.int32] = "*i32"
     constants, attributes = {}, {}
 
     def type_of(x, path, specialize=True):
@@ -423,15 +480,15 @@ def compile_for_hopper(launch):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
 
 
-def attention_launches(dtype, layout, head_dim, kernel_size, relative=True):
+def attention_launches(dtype, head_dim, kernel_size, relative=True, levels=None):
     heads, height, width = 4, 20, 30
     channels = heads * head_dim
     fused = torch.empty(2, 3 * channels, height, width, dtype=dtype, device="meta")
-    maps = fused.to(memory_format=layout).chunk(3, dim=1)
+    maps = fused.to(memory_format=torch.channels_last).chunk(3, dim=1)
     embedding = None
     if relative:
         embedding = torch.empty(heads, kernel_size, head_dim // 2, dtype=dtype, device="meta")
-    call = AttentionCall(*maps, embedding, embedding, heads, kernel_size)
+    call = AttentionCall(*maps, embedding, embedding, heads, kernel_size, levels)
     grad = torch.empty_like(call.query)
     logsumexp = torch.empty(2, heads, height, width, device="meta")
     partial_sums = attention.new_partial_sums(call)
@@ -471,22 +528,22 @@ def stem_launches(dtype, in_channels=3):
 
 
 COMPILED = [
-    (torch.bfloat16, torch.channels_last, 32, 7, True),
-    (torch.float16, torch.contiguous_format, 32, 7, True),
-    (torch.float32, torch.contiguous_format, 32, 7, True),
-    (torch.bfloat16, torch.contiguous_format, 64, 11, True),
-    (torch.float16, torch.channels_last, 2, 3, True),
-    (torch.bfloat16, torch.channels_last, 6, 1, False),
-    (torch.bfloat16, torch.channels_last, 16, 17, True),
+    (torch.bfloat16, 32, 7, True, None),
+    (torch.float16, 32, 7, True, ((15, 30), (10, 15))),
+    (torch.float32, 32, 7, True, None),
+    (torch.bfloat16, 64, 11, True, None),
+    (torch.float16, 2, 3, True, None),
+    (torch.bfloat16, 6, 1, False, None),
+    (torch.bfloat16, 16, 17, True, ((15, 30), (10, 15))),
 ]
 
 
 # The interpreter accepts what the compiler does not.
 @pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
-@pytest.mark.parametrize(("dtype", "layout", "head_dim", "kernel_size", "relative"), COMPILED)
-def test_compiles_for_a_gpu(dtype, layout, head_dim, kernel_size, relative):
+@pytest.mark.parametrize(("dtype", "head_dim", "kernel_size", "relative", "levels"), COMPILED)
+def test_compiles_for_a_gpu(dtype, head_dim, kernel_size, relative, levels):
     pytest.importorskip("triton")
-    for launch in attention_launches(dtype, layout, head_dim, kernel_size, relative):
+    for launch in attention_launches(dtype, head_dim, kernel_size, relative, levels):
         kernel = compile_for_hopper(launch)
         has_products = "PRECISION" in launch.constants
         assert ("mma" in kernel.asm["ptx"]) == (has_products and dtype != torch.float32)
@@ -501,30 +558,35 @@ def test_pooled_stem_compiles_for_a_gpu(dtype, in_channels):
         assert compile_for_hopper(launch).metadata.shared < 48 * 1024
 
 
-def group_norm_launches(dtype, channels, groups):
+def group_norm_launches(dtype, channels, groups, levels):
     x = torch.empty(2, channels, 80, 80, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
     weight = torch.empty(channels, device="meta")
-    call = GroupNormCall(x, weight, weight, None, groups, 1e-5)
-    chunks = group_norm.new_statistics(call, group_norm.tiling(call).chunks)
-    call = call._replace(statistics=group_norm.new_statistics(call, 1))
+    call = GroupNormCall(x, weight, weight, None, groups, 1e-5, levels)
+    chunks = group_norm.new_statistics(call, group_norm.num_chunks(call))
+    of_maps = group_norm.new_statistics(call, 2)
+    known = call._replace(statistics=of_maps)
     return [
         group_norm.statistics_launch(call, chunks),
-        group_norm.forward_launch(call, chunks, x, call.statistics),
-        group_norm.forward_launch(call, call.statistics, x, call.statistics),
-        group_norm.gradient_sums_launch(call, x, chunks, chunks),
-        group_norm.input_gradient_launch(call, x, chunks, x),
+        group_norm.forward_launch(call, chunks, x, of_maps),
+        group_norm.forward_launch(known, of_maps, x, of_maps),
+        group_norm.gradient_sums_launch(known, x, chunks, chunks),
+        group_norm.input_gradient_launch(known, x, chunks, x),
     ]
 
 
 @pytest.mark.skipif(interpreted(), reason="nothing is compiled for the interpreter")
 @pytest.mark.parametrize(
-    ("dtype", "channels", "groups"),
-    [(torch.bfloat16, 256, 32), (torch.float32, 256, 32), (torch.bfloat16, 96, 32)],
+    ("dtype", "channels", "groups", "levels"),
+    [
+        (torch.bfloat16, 256, 32, None),
+        (torch.float32, 256, 32, None),
+        (torch.bfloat16, 96, 32, ((70, 80), (20, 40))),
+    ],
 )
-def test_group_norm_compiles_for_a_gpu(dtype, channels, groups):
+def test_group_norm_compiles_for_a_gpu(dtype, channels, groups, levels):
     pytest.importorskip("triton")
-    for launch in group_norm_launches(dtype, channels, groups):
+    for launch in group_norm_launches(dtype, channels, groups, levels):
         kernel = compile_for_hopper(launch)
         assert kernel.metadata.shared < 48 * 1024
         if channels == 256:  # the channels of a group are next to each other

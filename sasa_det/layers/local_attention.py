@@ -12,6 +12,7 @@ from sasa_det.ops import (
     normed_attention,
     projected_attention,
 )
+from sasa_det.ops.calls import Levels
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.projected import add_and_scale
 
@@ -149,13 +150,15 @@ class PreActivationSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
             return add_attention(x, self.attention, F.relu(self.norm(x)))
+        fused = self.fused(x)
+        if fused is not None:
+            return fused
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return add_attention(x, self.attention, norm_relu(self.norm, x))
-        fused = self._fused(x)
-        return self._norm_computed_again(x) if fused is None else fused
+        return self._norm_computed_again(x)
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """See :func:`sasa_det.ops.normed_attention`."""
+    def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
+        """See :func:`sasa_det.ops.normed_attention`; None as well where a module is replaced."""
         norm, attention = self.norm, self.attention
         if type(norm) is not nn.GroupNorm or has_hooks(norm):
             return None
@@ -176,6 +179,7 @@ class PreActivationSelfAttention2d(nn.Module):
             attention.rel_cols,
             num_heads=attention.num_heads,
             kernel_size=attention.kernel_size,
+            levels=levels,
         )
 
     def _norm_computed_again(self, x: Tensor) -> Tensor:
@@ -213,13 +217,22 @@ class NormReLU(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return norm_relu(self[0], x)
 
+    def fused(self, x: Tensor, levels: Levels) -> Tensor | None:
+        """See :func:`sasa_det.ops.group_norm_relu`."""
+        return _fused_norm_relu(self[0], x, levels)
+
 
 def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """relu(norm(x)); see :func:`sasa_det.ops.group_norm_relu`."""
-    fused = None
-    if type(norm) is nn.GroupNorm and not has_hooks(norm):
-        fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    """relu(norm(x)), by one kernel where there is one."""
+    fused = _fused_norm_relu(norm, x)
     return F.relu_(norm(x)) if fused is None else fused
+
+
+def _fused_norm_relu(norm: nn.Module, x: Tensor, levels: Levels | None = None) -> Tensor | None:
+    if type(norm) is not nn.GroupNorm or has_hooks(norm):
+        return None
+    parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return group_norm_relu(x, *parameters, levels=levels)
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:

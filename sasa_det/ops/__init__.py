@@ -1,6 +1,6 @@
 """The attention operators. Imports torch and nothing else."""
 
-from .backends import available_backends, use_backend
+from .backends import available_backends, packs_levels, use_backend
 from .functional import (
     local_attention,
     local_attention_weights,
@@ -9,7 +9,7 @@ from .functional import (
     stem_attention_weights,
 )
 from .group_norm import group_norm_relu
-from .normed_attention import normed_attention
+from .normed_attention import normed_attention, pack_levels, unpack_levels
 from .projected import projected_attention
 from .residual import residual_projection
 
@@ -19,10 +19,13 @@ __all__ = [
     "local_attention",
     "local_attention_weights",
     "normed_attention",
+    "pack_levels",
+    "packs_levels",
     "projected_attention",
     "residual_projection",
     "stem_attention",
     "stem_attention_pooled",
     "stem_attention_weights",
+    "unpack_levels",
     "use_backend",
 ]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+from torch import Tensor
+
 from . import eager, eager_pooled_stem, eager_stem, native, triton
 from .calls import AttentionCall, GroupNormCall, ProjectedCall, ResidualCall, StemCall
 from .native import attention as native_attention
@@ -96,6 +98,11 @@ def find(operator: str, call: Call) -> Implementation | None:
         if _forced in (None, name) and implementation.refuses(call) is None:
             return implementation
     return None
+
+
+def packs_levels(x: Tensor) -> bool:
+    """Whether maps such as ``x`` may be packed in one: see :func:`sasa_det.ops.pack_levels`."""
+    return _forced in (None, "triton") and triton.refuses_tensor(x) is None
 
 
 def choose(operator: str, call: Call) -> Implementation:

@@ -10,8 +10,16 @@ from torch import Tensor
 LARGE_BLOCK = 2**25
 
 
+# Heights and widths of several maps.
+Levels = tuple[tuple[int, int], ...]
+
+
 class AttentionCall(NamedTuple):
-    """The arguments of :func:`sasa_det.ops.local_attention`."""
+    """The arguments of :func:`sasa_det.ops.local_attention`.
+
+    With ``levels`` the maps are (N, C, 1, positions) and hold the positions of several maps, one
+    behind the other; Triton serves them.
+    """
 
     query: Tensor
     key: Tensor
@@ -20,6 +28,11 @@ class AttentionCall(NamedTuple):
     rel_cols: Tensor | None
     num_heads: int
     kernel_size: int
+    levels: Levels | None = None
+
+    def refusal_of_levels(self) -> str | None:
+        """Of a backend that serves one map only."""
+        return None if self.levels is None else "it does not serve several maps packed in one"
 
 
 class ProjectedCall(NamedTuple):
@@ -58,6 +71,7 @@ class GroupNormCall(NamedTuple):
     statistics: Tensor | None
     num_groups: int
     eps: float
+    levels: Levels | None = None
 
 
 class StemCall(NamedTuple):

@@ -18,8 +18,8 @@ from .eager_shifted import ShiftedAttention
 _DENSE_POSITIONS = 144
 
 
-def refuses(call: AttentionCall) -> None:
-    """It serves every call."""
+def refuses(call: AttentionCall) -> str | None:
+    return call.refusal_of_levels()
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:

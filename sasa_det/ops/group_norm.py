@@ -5,14 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import find
-from .calls import GroupNormCall
+from .backends import choose, find
+from .calls import GroupNormCall, Levels
 from .operator import makes_a_program
 from .registration import group_norm_relu_backward_op, group_norm_relu_op
 
 
 def group_norm_relu(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    levels: Levels | None = None,
 ) -> Tensor | None:
     """relu(group_norm(x)), where a kernel does both: on CUDA, for maps whose channels are last.
 
@@ -22,43 +28,54 @@ def group_norm_relu(
     Args:
         x (Tensor[N, C, H, W]): what is normalised.
         num_groups, weight, bias, eps: as in ``torch.nn.functional.group_norm``.
+        levels: as in :func:`normed_attention`.
 
     Returns:
         Tensor or None: in the dtype of ``x``, under autocast too; None if no kernel serves the
         call.
     """
-    call = served_call(x, num_groups, weight, bias, eps)
+    call = served_call(x, num_groups, weight, bias, eps, levels)
     if call is None:
         return None
-    return _GroupNormReLU.apply(*call) if torch.is_grad_enabled() else group_norm_relu_op(*call)[0]
+    return _GroupNormReLU.apply(*call) if torch.is_grad_enabled() else _forward(call)[0]
 
 
 def served_call(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    levels: Levels | None = None,
 ) -> GroupNormCall | None:
-    """What the operator is to be called with; None if no kernel serves it."""
+    """What a kernel is to be called with; None if none serves it."""
     if weight is None or bias is None or x.dim() != 4 or makes_a_program():
         return None
-    call = GroupNormCall(x, weight, bias, None, num_groups, eps)
+    call = GroupNormCall(x, weight, bias, None, num_groups, eps, levels)
     return None if find("group_norm_relu", call) is None else call
 
 
-def gradients(grad_output: Tensor, call: GroupNormCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, weight and bias; the call has the statistics of the forward."""
-    grad_input, grads = group_norm_relu_backward_op(grad_output, *call)
-    return grad_input, grads[0].to(call.weight.dtype), grads[1].to(call.bias.dtype)
+def _forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
+    if call.levels is None:
+        return group_norm_relu_op(*call[:-1])
+    return choose("group_norm_relu", call).forward(call)
 
 
 class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         call = GroupNormCall(*arguments)
-        output, statistics = group_norm_relu_op(*call)
+        output, statistics = _forward(call)
         ctx.save_for_backward(call.x, call.weight, call.bias, statistics)
-        ctx.options = (call.num_groups, call.eps)
+        ctx.options = call[4:]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call = GroupNormCall(*ctx.saved_tensors, *ctx.options)
-        return *gradients(grad_output, call), None, None, None
+        if call.levels is None:
+            grad_input, grads = group_norm_relu_backward_op(grad_output, *call[:-1])
+        else:
+            grad_input, grads = choose("group_norm_relu", call).backward(call, grad_output)
+        of_weight, of_bias = grads.to(call.weight.dtype).unbind()
+        return grad_input, of_weight, of_bias, None, None, None, None

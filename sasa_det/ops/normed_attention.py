@@ -1,15 +1,74 @@
-"""The whole of a head's attention layer as one step of autograd."""
+"""The whole of a head's attention layer as one step, for one map or for all levels of an FPN."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calls import GroupNormCall
+from .backends import choose, find
+from .calls import AttentionCall, GroupNormCall, Levels
 from .functional import cast_embeddings, cast_for_autocast
-from .group_norm import gradients, served_call
-from .projected import unfused_backward, unfused_forward
-from .registration import group_norm_relu_op
+from .group_norm import served_call
+from .operator import somebody_looks
+from .projected import project, projection_gradients
+
+
+class NormedAttention(torch.autograd.Function):
+    """x + attention(relu(group_norm(x))), by kernels only.
+
+    What the backward needs of the normed map is computed again. torch has one node to build and to
+    run instead of five.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        num_groups: int,
+        eps: float,
+        levels: Levels | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        rel_rows: Tensor | None,
+        rel_cols: Tensor | None,
+        num_heads: int,
+        kernel_size: int,
+    ) -> Tensor:
+        norm_call = GroupNormCall(x, norm_weight, norm_bias, None, num_groups, eps, levels)
+        normed, statistics = choose("group_norm_relu", norm_call).forward(norm_call)
+        # Under autocast the map may be wider than the weights.
+        query, key, value = project(normed.to(weight.dtype), weight, bias)
+        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size, levels)
+        output, logsumexp = choose("local_attention", call).forward(call)
+        of_norm = (x, norm_weight, norm_bias, statistics)
+        ctx.save_for_backward(*of_norm, weight, bias, rel_rows, rel_cols, logsumexp, output)
+        ctx.options = (num_groups, eps, levels, num_heads, kernel_size)
+        return x + output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, statistics, weight, bias = ctx.saved_tensors[:6]
+        rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors[6:]
+        num_groups, eps, levels, num_heads, kernel_size = ctx.options
+        norm_call = GroupNormCall(x, norm_weight, norm_bias, statistics, num_groups, eps, levels)
+        group_norm = choose("group_norm_relu", norm_call)
+        normed = group_norm.forward(norm_call)[0].to(weight.dtype)
+        query, key, value = project(normed, weight, bias)
+        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size, levels)
+        grad_maps, *of_embeddings = choose("local_attention", call).backward(
+            call, grad_output.to(output.dtype), output, logsumexp
+        )
+        needed = [True, *ctx.needs_input_grad[6:8]]
+        grad_normed, *of_projection = projection_gradients(grad_maps, normed, weight, needed)
+        assert grad_normed is not None
+        grad_input, of_norm = group_norm.backward(norm_call, grad_normed.to(x.dtype))
+        grad_input += grad_output
+        of_norm = of_norm.to(norm_weight.dtype).unbind()
+        grads = (grad_input, *of_norm, None, None, None, *of_projection)
+        return *grads, *(of_embeddings or (None, None)), None, None
 
 
 def normed_attention(
@@ -25,59 +84,43 @@ def normed_attention(
     *,
     num_heads: int,
     kernel_size: int,
+    levels: Levels | None = None,
 ) -> Tensor | None:
     """x + projected_attention(relu(group_norm(x))), where :func:`group_norm_relu` has a kernel.
-
-    With gradients: what the backward needs of the normed map is computed again, and torch has one
-    node to build and to run instead of five.
 
     Args:
         x (Tensor[N, C, H, W]): what is normalised, and what is added.
         num_groups, norm_weight, norm_bias, eps: as in :func:`group_norm_relu`.
         weight, bias, rel_rows, rel_cols, num_heads, kernel_size: as in
             :func:`projected_attention`, to C channels again.
+        levels (tuple[tuple[int, int], ...] or None): heights and widths of the maps that ``x``
+            holds, packed by :func:`pack_levels`; statistics and windows stay within each.
 
     Returns:
-        Tensor or None: None if no kernel serves the norm.
+        Tensor or None: None if there are no kernels for it, or if somebody wants to see operators.
     """
-    call = served_call(x, num_groups, norm_weight, norm_bias, eps)
-    if call is None:
+    call = served_call(x, num_groups, norm_weight, norm_bias, eps, levels)
+    if call is None or somebody_looks((x,)):
         return None
     weight, bias = cast_for_autocast(weight, bias)
-    embeddings = cast_embeddings(weight, rel_rows, rel_cols)
-    norm = (call.x, call.weight, call.bias, num_groups, eps)
-    return _NormedAttention.apply(*norm, weight, bias, *embeddings, num_heads, kernel_size)
+    rel_rows, rel_cols = cast_embeddings(weight, rel_rows, rel_cols)
+    # Queries, keys and values will be like x.
+    attention_call = AttentionCall(x, x, x, rel_rows, rel_cols, num_heads, kernel_size, levels)
+    if find("local_attention", attention_call) is None:
+        return None
+    norm = (call.x, call.weight, call.bias, num_groups, eps, levels)
+    arguments = (*norm, weight, bias, rel_rows, rel_cols, num_heads, kernel_size)
+    return NormedAttention.apply(*arguments)
 
 
-class _NormedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, norm_weight, norm_bias, *ctx.norm_options = arguments[:5]
-        *tensors, ctx.num_heads, ctx.kernel_size = arguments[5:]
-        call = GroupNormCall(x, norm_weight, norm_bias, None, *ctx.norm_options)
-        normed, statistics = group_norm_relu_op(*call)
-        # Under autocast the map may be wider than the weights.
-        normed = normed.to(tensors[0].dtype)
-        output, logsumexp = unfused_forward(normed, *tensors, ctx.num_heads, ctx.kernel_size)
-        ctx.save_for_backward(x, norm_weight, norm_bias, statistics, *tensors, logsumexp, output)
-        return x + output
+def pack_levels(maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
+    """Several maps (N, C, H, W) as one (N, C, 1, positions), channels last; and their sizes."""
+    packed = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], dim=1)
+    return packed.mT.unsqueeze(2), tuple((x.shape[2], x.shape[3]) for x in maps)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        call = GroupNormCall(*saved[:4], *ctx.norm_options)
-        weight, bias, rel_rows, rel_cols, logsumexp, output = saved[4:]
-        normed, _ = group_norm_relu_op(*call)
-        grad_normed, *grads = unfused_backward(
-            grad_output.to(output.dtype),
-            logsumexp,
-            output,
-            (normed.to(weight.dtype), weight, bias, rel_rows, rel_cols),
-            ctx.num_heads,
-            ctx.kernel_size,
-            [True, *ctx.needs_input_grad[5:7]],
-        )
-        assert grad_normed is not None
-        grad_input, *norm_grads = gradients(grad_normed.to(call.x.dtype), call)
-        grad_input += grad_output
-        return grad_input, *norm_grads, None, None, *grads, None, None
+
+def unpack_levels(packed: Tensor, levels: Levels) -> list[Tensor]:
+    """The maps that :func:`pack_levels` packed, or what became of them; they share memory."""
+    sizes = [height * width for height, width in levels]
+    parts = packed.squeeze(2).split(sizes, dim=2)
+    return [part.unflatten(2, level) for part, level in zip(parts, levels)]

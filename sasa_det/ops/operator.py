@@ -24,7 +24,7 @@ class Operator:
 
     def __init__(self, signature: str, function: Callable) -> None:
         name, parenthesis, schema = signature.partition("(")
-        self._function = _without_autocast(function)
+        self._function = without_autocast(function)
         self._registered = custom_op(
             f"sasa_det::{name}", self._function, mutates_args=(), schema=parenthesis + schema
         )
@@ -32,7 +32,7 @@ class Operator:
         self.register_autograd = self._registered.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        if _somebody_looks(arguments):
+        if torch.is_grad_enabled() or somebody_looks(arguments):
             return self._registered(*arguments)
         return self._function(*arguments)
 
@@ -47,17 +47,18 @@ def makes_a_program() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def _somebody_looks(arguments: tuple[Any, ...]) -> bool:
-    if torch.is_grad_enabled() or makes_a_program() or is_in_torch_dispatch_mode():
+def somebody_looks(arguments: tuple[Any, ...]) -> bool:
+    """Whether there is anything that wants to see operators, autograd aside."""
+    if makes_a_program() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
         return True
-    if torch.autograd._profiler_enabled() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return True
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     # Subclasses have their own ways; tensors without numbers only have shapes.
     return any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors)
 
 
-def _without_autocast(function: Callable) -> Callable:
+def without_autocast(function: Callable) -> Callable:
     """It would reach into what computes in float32."""
 
     @wraps(function)

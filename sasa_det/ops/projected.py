@@ -1,7 +1,6 @@
 """The projections of an attention layer and its attention, with little kept for the backward."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
 from .checks import check_scale_and_shift
 from .functional import cast_embeddings, cast_for_autocast, local_attention
-from .operator import makes_a_program
+from .operator import makes_a_program, without_autocast
 from .registration import (
     align,
     local_attention_backward_op,
@@ -110,10 +109,11 @@ def unfused_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
-    return local_attention_op(*_projected(x, weight, bias), *arguments)
+    return local_attention_op(*project(x, weight, bias), *arguments)
 
 
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+@without_autocast
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Queries, keys and values."""
     if x.is_cuda:  # as the kernels want them; it costs less to copy x than the three
         x = x.contiguous(memory_format=torch.channels_last)
@@ -201,15 +201,19 @@ def unfused_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``tensors``: x, weight and bias, as far as needed, and the embeddings."""
     x, weight, bias, *embeddings = tensors
-    # As in the forward, where autocast had been applied to the tensors.
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        maps = _projected(x, weight, bias)
+    maps = project(x, weight, bias)
     grad_maps, *grads = local_attention_backward_op(
         grad_output, output, logsumexp, *maps, *embeddings, num_heads, kernel_size
     )
-    projection_grads = torch.ops.aten.convolution_backward(
+    projection_grads = projection_gradients(grad_maps, x, weight, needed)
+    return *projection_grads, *(grads or (None, None))
+
+
+def projection_gradients(
+    grad_maps: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias, as far as they are needed."""
+    return torch.ops.aten.convolution_backward(
         grad_maps,
         x,
         weight,
@@ -222,4 +226,3 @@ def unfused_backward(
         groups=1,
         output_mask=needed,
     )
-    return *projection_grads, *(grads or (None, None))

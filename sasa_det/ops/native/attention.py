@@ -8,7 +8,7 @@ from . import library
 
 
 def refuses(call: AttentionCall) -> str | None:
-    return library.refuses(call.query)
+    return call.refusal_of_levels() or library.refuses(call.query)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 """The operators on CUDA, in Triton, which itself is imported when the first kernel is launched."""
 
-from .launch import unavailable
+from .launch import refuses_tensor, unavailable
 
-__all__ = ["unavailable"]
+__all__ = ["refuses_tensor", "unavailable"]

@@ -89,13 +89,22 @@ def backward(
 def _with_channels_last(call: AttentionCall) -> AttentionCall:
     """Read as they are, maps in the other format took 4 to 5 times as long; copies are cheaper."""
     query, key, value = map(_channels_last, call[:3])
-    if key.stride() != value.stride():  # those of one projection have the same, as they should
+    if _strides(key) != _strides(value):  # those of one projection have the same, as they should
         key, value = torch.cat([key, value], dim=1).chunk(2, dim=1)
     return call._replace(query=query, key=key, value=value)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+    """(N, C, H, W) whose positions and channels can be walked over with two strides."""
+    _, of_channel, of_row, of_col = x.stride()
+    if of_channel == 1 and of_row == x.shape[3] * of_col:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """From image to image, and from position to position."""
+    return x.stride(0), x.stride(3)
 
 
 def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> Launch:
@@ -120,7 +129,7 @@ def query_gradient_launch(
 
     arguments = _arguments(call, grad_output=grad_output, output=output, grad_query=grad_query)
     arguments |= {"logsumexp": logsumexp, "mean": mean, "partial_sums": partial_sums}
-    arguments |= {"num_images": call.query.shape[0]}
+    arguments |= {"num_images": call.query.shape[0], "tiles": _num_tiles(call)}
     grid = (call.num_heads, partial_sums.shape[0])
     tile = constants(call)
     chunks = cdiv(tile["BLOCK_H"] + call.kernel_size - 1, tile["CHUNK_H"])
@@ -186,6 +195,7 @@ def constants(call: AttentionCall) -> dict[str, Any]:
         "NUM_HEADS": call.num_heads,
         "HEAD_DIM": head_dim,
         "RELATIVE": call.rel_rows is not None,
+        "LEVELS": 1 if call.levels is None else len(call.levels),
         **_tile(head_dim, call.kernel_size),
     }
 
@@ -215,28 +225,52 @@ def _tile(head_dim: int, kernel_size: int) -> dict[str, Any]:
 def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
     """Query, key, value and these maps with their strides, and what else all kernels take."""
     maps |= {"query": call.query, "key": call.key}
-    strides = {f"{name}_strides": x.stride() for name, x in maps.items()}
+    strides = {f"{name}_strides": _strides(x) for name, x in maps.items()}
     embeddings = {
         name: None if x is None else x.contiguous()
         for name, x in (("rel_rows", call.rel_rows), ("rel_cols", call.rel_cols))
     }
     height, width = call.query.shape[2:]
-    sizes = {"height": height, "width": width}
-    return {**maps, "value": call.value, **strides, **embeddings, **sizes}
-
-
-def _tiles_grid(call: AttentionCall) -> tuple[int, int, int]:
-    """As ``kernels.tile_of_program`` reads it."""
-    n, _, height, width = call.query.shape
     tile = constants(call)
-    across = cdiv(width, tile["BLOCK_W"])
-    return call.num_heads * across, cdiv(height, tile["BLOCK_H"]), n
+    geometry = {
+        "levels": _level_table(call.levels, tile["BLOCK_H"], tile["BLOCK_W"], call.query.device),
+        "positions": height * width,
+        "height": height,
+        "width": width,
+    }
+    return {**maps, "value": call.value, **strides, **embeddings, **geometry}
+
+
+@functools.lru_cache(maxsize=1024)
+def _level_table(
+    levels: tuple[tuple[int, int], ...] | None, block_h: int, block_w: int, device: torch.device
+) -> Tensor | None:
+    """As ``kernels.level_of`` reads it."""
+    if levels is None:
+        return None
+    rows, tiles, positions = [], 0, 0
+    for height, width in levels:
+        rows.append((tiles, positions, height, width))
+        tiles += cdiv(height, block_h) * cdiv(width, block_w)
+        positions += height * width
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _num_tiles(call: AttentionCall) -> int:
+    """Of an image."""
+    tile = constants(call)
+    levels = call.levels or (tuple(call.query.shape[2:]),)
+    return sum(cdiv(h, tile["BLOCK_H"]) * cdiv(w, tile["BLOCK_W"]) for h, w in levels)
+
+
+def _tiles_grid(call: AttentionCall) -> tuple[int, int]:
+    return call.num_heads * _num_tiles(call), call.query.shape[0]
 
 
 def new_partial_sums(call: AttentionCall) -> Tensor:
     """Room for the sums of the programs of ``query_gradient_kernel``."""
-    across, down, n = _tiles_grid(call)
     tile = constants(call)
-    programs = min(across // call.num_heads * down * n, cdiv(_SUMMING_PROGRAMS, call.num_heads))
+    tiles = call.query.shape[0] * _num_tiles(call)
+    programs = min(tiles, cdiv(_SUMMING_PROGRAMS, call.num_heads))
     table = (2 * tile["KERNEL_PAD"], tile["PADDED_DIM"])
     return call.query.new_empty(programs, call.num_heads, *table, dtype=torch.float32)

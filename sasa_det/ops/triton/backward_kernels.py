@@ -9,12 +9,13 @@ from .kernels import (
     base_of,
     clamp,
     convert,
+    corner_of,
     dot,
+    level_of,
     load,
     load_table,
     offsets_of,
     store,
-    tile_of_program,
     within,
 )
 
@@ -26,7 +27,7 @@ def gradient_of_offsets(grad_halo, index, seen):
     return tl.where(seen, tl.gather(grad_halo, tl.where(seen, index, 0), 1), 0.0)
 
 
-@triton.jit(do_not_specialize=["num_images", "height", "width"])
+@triton.jit(do_not_specialize=["num_images", "tiles", "positions", "height", "width"])
 def query_gradient_kernel(
     query,
     key,
@@ -44,9 +45,13 @@ def query_gradient_kernel(
     output_strides,
     grad_output_strides,
     grad_query_strides,
+    levels,
     num_images,
+    tiles,
+    positions,
     height,
     width,
+    LEVELS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -70,8 +75,7 @@ def query_gradient_kernel(
     P: tl.constexpr = CHUNK_H * HALO_W
     T: tl.constexpr = 2 * KERNEL_PAD
     head = tl.program_id(0)
-    tiles_across = tl.cdiv(width, BLOCK_W)
-    tiles = tiles_across * tl.cdiv(height, BLOCK_H)
+    only_height, only_width = height, width
     tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
     chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
     halo_cols = tl.arange(0, HALO_W)
@@ -84,21 +88,26 @@ def query_gradient_kernel(
         )
         table_total = tl.zeros([T, PADDED_DIM], tl.float32)
     for index in range(tl.program_id(1), num_images * tiles, tl.num_programs(1)):
-        n, tile = index // tiles, index % tiles
-        top, left = tile // tiles_across * BLOCK_H, tile % tiles_across * BLOCK_W
+        n = index // tiles
+        tile, start, height, width = level_of(
+            index % tiles, levels, only_height, only_width, LEVELS
+        )
+        top, left = corner_of(tile, width, BLOCK_H, BLOCK_W)
         rows, cols = top + tile_rows, left + tile_cols
         inside = (rows < height) & (cols < width)
         near_rows, near_cols = clamp(rows, height), clamp(cols, width)
-        offsets = offsets_of(query_strides, near_rows, near_cols, PADDED_DIM)
-        q = load(base_of(query, query_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
-        offsets = offsets_of(grad_output_strides, near_rows, near_cols, PADDED_DIM)
-        base = base_of(grad_output, grad_output_strides, n, head, HEAD_DIM)
+        offsets = offsets_of(query_strides, near_rows, near_cols, width, PADDED_DIM)
+        q = load(
+            base_of(query, query_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM
+        )
+        offsets = offsets_of(grad_output_strides, near_rows, near_cols, width, PADDED_DIM)
+        base = base_of(grad_output, grad_output_strides, n, start, head, HEAD_DIM)
         grad = load(base, offsets, HEAD_DIM, PADDED_DIM)
-        offsets = offsets_of(output_strides, near_rows, near_cols, PADDED_DIM)
-        base = base_of(output, output_strides, n, head, HEAD_DIM)
+        offsets = offsets_of(output_strides, near_rows, near_cols, width, PADDED_DIM)
+        base = base_of(output, output_strides, n, start, head, HEAD_DIM)
         out = load(base, offsets, HEAD_DIM, PADDED_DIM)
         tile_mean = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
+        plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
         position = rows * width + cols
         tl.store(mean + plane + position, tile_mean, mask=inside)
         # Outside the map the weights come out as zero.
@@ -112,13 +121,13 @@ def query_gradient_kernel(
             grad_rows = tl.zeros([M, CHUNKS, CHUNK_H], tl.float32)
         else:
             col_logits = tl.where(col_seen, 0.0, float("-inf"))
-        key_base = base_of(key, key_strides, n, head, HEAD_DIM)
-        value_base = base_of(value, key_strides, n, head, HEAD_DIM)
+        key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
+        value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
         key_cols = clamp(left - RADIUS + chunk_cols, width)
         result = tl.zeros([M, PADDED_DIM], tl.float32)
         for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
             key_rows = clamp(top - RADIUS + first + chunk_rows, height)
-            offsets = offsets_of(key_strides, key_rows, key_cols, PADDED_DIM)
+            offsets = offsets_of(key_strides, key_rows, key_cols, width, PADDED_DIM)
             k = load(key_base, offsets, HEAD_DIM, PADDED_DIM)
             v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
             halo_rows = first + tl.arange(0, CHUNK_H)
@@ -155,8 +164,8 @@ def query_gradient_kernel(
             grad_logits = convert(grad_logits, q.dtype)
             result = dot(grad_logits, table, result, PRECISION)
             table_total = dot(tl.trans(grad_logits), q, table_total, PRECISION)
-        offsets = offsets_of(grad_query_strides, rows, cols, PADDED_DIM)
-        base = base_of(grad_query, grad_query_strides, n, head, HEAD_DIM)
+        offsets = offsets_of(grad_query_strides, rows, cols, width, PADDED_DIM)
+        base = base_of(grad_query, grad_query_strides, n, start, head, HEAD_DIM)
         store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
         program = tl.program_id(1) * NUM_HEADS + head
@@ -202,7 +211,7 @@ def embedding_gradient_kernel(
         tl.store(grad_rows + start + channel, convert(result, grad_rows.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["positions", "height", "width"])
 def key_value_gradient_kernel(
     query,
     key,
@@ -218,8 +227,11 @@ def key_value_gradient_kernel(
     key_strides,
     grad_output_strides,
     grad_key_strides,
+    levels,
+    positions,
     height,
     width,
+    LEVELS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -240,11 +252,15 @@ def key_value_gradient_kernel(
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
     T: tl.constexpr = 2 * KERNEL_PAD
-    n, head, top, left = tile_of_program(NUM_HEADS, BLOCK_H, BLOCK_W)
+    n, head = tl.program_id(1), tl.program_id(0) % NUM_HEADS
+    tile, start, height, width = level_of(
+        tl.program_id(0) // NUM_HEADS, levels, height, width, LEVELS
+    )
+    top, left = corner_of(tile, width, BLOCK_H, BLOCK_W)
     rows, cols = top + tl.arange(0, M) // BLOCK_W, left + tl.arange(0, M) % BLOCK_W
-    offsets = offsets_of(key_strides, clamp(rows, height), clamp(cols, width), PADDED_DIM)
-    k = load(base_of(key, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
-    v = load(base_of(value, key_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
+    offsets = offsets_of(key_strides, clamp(rows, height), clamp(cols, width), width, PADDED_DIM)
+    k = load(base_of(key, key_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
+    v = load(base_of(value, key_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
         dtype: tl.constexpr = query.dtype.element_ty
         table = load_table(
@@ -258,9 +274,9 @@ def key_value_gradient_kernel(
     # Of the offset from a query to a key: -RADIUS is 0.
     col_offset = tile_cols[:, None] - chunk_cols[None] + 2 * RADIUS
     col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE) & within(q_cols, width)[None]
-    query_base = base_of(query, query_strides, n, head, HEAD_DIM)
-    grad_base = base_of(grad_output, grad_output_strides, n, head, HEAD_DIM)
-    plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
+    query_base = base_of(query, query_strides, n, start, head, HEAD_DIM)
+    grad_base = base_of(grad_output, grad_output_strides, n, start, head, HEAD_DIM)
+    plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
     key_result = tl.zeros([M, PADDED_DIM], tl.float32)
     value_result = tl.zeros([M, PADDED_DIM], tl.float32)
     # One chunk ahead: the compiler loads only what goes into products before it is needed.
@@ -270,9 +286,9 @@ def key_value_gradient_kernel(
     for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
         q_rows = top - RADIUS + first + chunk_rows
         near_rows = clamp(q_rows, height)
-        offsets = offsets_of(query_strides, near_rows, near_cols, PADDED_DIM)
+        offsets = offsets_of(query_strides, near_rows, near_cols, width, PADDED_DIM)
         q = load(query_base, offsets, HEAD_DIM, PADDED_DIM)
-        offsets = offsets_of(grad_output_strides, near_rows, near_cols, PADDED_DIM)
+        offsets = offsets_of(grad_output_strides, near_rows, near_cols, width, PADDED_DIM)
         grad = load(grad_base, offsets, HEAD_DIM, PADDED_DIM)
         lse, q_mean = next_lse, next_mean
         next_position = clamp(q_rows + CHUNK_H, height) * width + near_cols
@@ -296,8 +312,8 @@ def key_value_gradient_kernel(
         key_result = dot(convert(weights * centred, q.dtype), q, key_result, PRECISION)
 
     inside = (rows < height) & (cols < width)
-    offsets = offsets_of(grad_key_strides, rows, cols, PADDED_DIM)
-    base = base_of(grad_key, grad_key_strides, n, head, HEAD_DIM)
+    offsets = offsets_of(grad_key_strides, rows, cols, width, PADDED_DIM)
+    base = base_of(grad_key, grad_key_strides, n, start, head, HEAD_DIM)
     store(base, offsets, key_result, inside, HEAD_DIM, PADDED_DIM)
-    base = base_of(grad_value, grad_key_strides, n, head, HEAD_DIM)
+    base = base_of(grad_value, grad_key_strides, n, start, head, HEAD_DIM)
     store(base, offsets, value_result, inside, HEAD_DIM, PADDED_DIM)

@@ -8,12 +8,13 @@ Two kernels, without atomics: of one image each program of the first takes the s
 positions, each program of the second puts all of them together. The backward is two as well.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calls import GroupNormCall
+from ..calls import GroupNormCall, Levels
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 
 # Numbers of a tile, 16 a thread: with four times as many, the backward runs out of registers.
@@ -40,17 +41,17 @@ def refuses(call: GroupNormCall) -> str | None:
 def forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
     x, statistics = call.x, call.statistics
     output = torch.empty_like(x)
-    of_image = new_statistics(call, 1)
+    of_maps = new_statistics(call, len(_maps(call)))
     with on_device(x):
         if statistics is None:
-            statistics = new_statistics(call, tiling(call).chunks)
+            statistics = new_statistics(call, num_chunks(call))
             statistics_launch(call, statistics).run()
-        forward_launch(call, statistics, output, of_image).run()
-    return output, of_image
+        forward_launch(call, statistics, output, of_maps).run()
+    return output, of_maps
 
 
 def backward(call: GroupNormCall, grad_output: Tensor) -> list[Tensor]:
-    x, chunks = call.x, tiling(call).chunks
+    x, chunks = call.x, num_chunks(call)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     grad_input = torch.empty_like(x)
     of_channels = x.new_empty(x.shape[0], chunks, 2, x.shape[1], dtype=torch.float32)
@@ -68,20 +69,16 @@ def statistics_launch(call: GroupNormCall, statistics: Tensor) -> Launch:
 
 
 def forward_launch(
-    call: GroupNormCall, statistics: Tensor, output: Tensor, of_image: Tensor
+    call: GroupNormCall, statistics: Tensor, output: Tensor, of_maps: Tensor
 ) -> Launch:
-    """From statistics of the chunks of an image, or of all of it; writes ``of_image`` as well."""
+    """From statistics of chunks, if there are none in the call; writes ``of_maps`` as well."""
     from .group_norm_kernels import forward_kernel
 
-    chunks, plan = statistics.shape[1], tiling(call)
-    positions = call.x.shape[2] * call.x.shape[3]
-    arguments = _parameters(call, statistics) | {
-        "output": output,
-        "statistics_of_image": of_image,
-        "chunks": chunks,
-        "positions_of_chunk": positions if chunks == 1 else plan.tiles * plan.block,
-    }
-    return _launch(forward_kernel, call, arguments, CHUNKS_PAD=next_power_of_2(chunks))
+    of_chunks = call.statistics is None
+    arguments = _parameters(call, statistics) | {"output": output, "statistics_of_map": of_maps}
+    rows = most_chunks(call) if of_chunks else 1
+    constants = {"OF_CHUNKS": of_chunks, "CHUNKS_PAD": next_power_of_2(rows)}
+    return _launch(forward_kernel, call, arguments, **constants)
 
 
 def gradient_sums_launch(
@@ -102,14 +99,13 @@ def input_gradient_launch(
 ) -> Launch:
     from .group_norm_kernels import input_gradient_kernel
 
-    chunks = group_sums.shape[1]
     arguments = _parameters(call, call.statistics) | {
         "grad_output": grad_output,
         "group_sums": group_sums,
         "grad_input": grad_input,
-        "chunks": chunks,
     }
-    return _launch(input_gradient_kernel, call, arguments, CHUNKS_PAD=next_power_of_2(chunks))
+    chunks_pad = next_power_of_2(most_chunks(call))
+    return _launch(input_gradient_kernel, call, arguments, CHUNKS_PAD=chunks_pad)
 
 
 def _parameters(call: GroupNormCall, statistics: Tensor | None) -> dict[str, Any]:
@@ -122,39 +118,83 @@ def _launch(
 ) -> Launch:
     """With what all kernels take."""
     n, channels, height, width = call.x.shape
-    plan, dim = tiling(call), channels // call.num_groups
-    arguments |= {"x": call.x, "positions": height * width, "tiles": plan.tiles}
+    dim, maps = channels // call.num_groups, _maps(call)
+    arguments |= {
+        "x": call.x,
+        "levels": _level_table(maps, call.x.device),
+        "all_positions": height * width,
+        "positions": maps[0].positions,
+        "tiles": maps[0].tiles,
+        "chunks": maps[0].chunks,
+    }
     constants |= {
+        "LEVELS": len(maps),
         "GROUPS": call.num_groups,
         "DIM": dim,
-        "BLOCK": plan.block,
+        "BLOCK": maps[0].block,
         "GROUPS_PAD": next_power_of_2(call.num_groups),
         "DIM_PAD": next_power_of_2(dim),
     }
     # Not fused, products and sums are rounded alike in all threads that hold the same statistics.
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
-    return Launch(kernel, (plan.chunks, n), arguments, constants, options)
+    return Launch(kernel, (num_chunks(call), n), arguments, constants, options)
 
 
 class Tiling(NamedTuple):
-    """How the positions of an image are shared out: ``chunks`` programs, each with so many
-    ``tiles`` of ``block`` positions, the last one perhaps with fewer."""
+    """How the positions of a map are shared out: ``chunks`` programs, each with so many ``tiles``
+    of ``block`` positions, the last one perhaps with fewer."""
 
+    positions: int
     block: int
     tiles: int
     chunks: int
 
 
-def tiling(call: GroupNormCall) -> Tiling:
+def _maps(call: GroupNormCall) -> tuple[Tiling, ...]:
+    """Of one image."""
     _, channels, height, width = call.x.shape
-    groups = next_power_of_2(call.num_groups)
-    block = max(1, _TILE // (groups * next_power_of_2(channels // call.num_groups)))
-    all_tiles = cdiv(height * width, block)
-    tiles = cdiv(all_tiles, _MAX_CHUNKS)
-    return Tiling(block, tiles, cdiv(all_tiles, tiles))
+    levels = call.levels or ((height, width),)
+    return _tilings(levels, channels, call.num_groups, _MAX_CHUNKS)
 
 
-def new_statistics(call: GroupNormCall, chunks: int) -> Tensor:
-    """Two numbers for each group of an image, or of each of its chunks."""
-    shape = (call.x.shape[0], chunks, 2, call.num_groups)
+@functools.lru_cache(maxsize=1024)
+def _tilings(
+    levels: Levels, channels: int, num_groups: int, most_chunks: int
+) -> tuple[Tiling, ...]:
+    numbers = next_power_of_2(num_groups) * next_power_of_2(channels // num_groups)
+    block = max(1, _TILE // numbers)
+    tilings = []
+    for height, width in levels:
+        all_tiles = cdiv(height * width, block)
+        tiles = cdiv(all_tiles, most_chunks)
+        tilings.append(Tiling(height * width, block, tiles, cdiv(all_tiles, tiles)))
+    return tuple(tilings)
+
+
+@functools.lru_cache(maxsize=1024)
+def _level_table(maps: tuple[Tiling, ...], device: torch.device) -> Tensor | None:
+    """As ``group_norm_kernels.map_of`` reads it."""
+    if len(maps) == 1:
+        return None
+    rows, chunks, positions = [], 0, 0
+    for tiling in maps:
+        rows.append((chunks, positions, tiling.positions, tiling.tiles, tiling.chunks))
+        chunks += tiling.chunks
+        positions += tiling.positions
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def num_chunks(call: GroupNormCall) -> int:
+    """Programs an image."""
+    return sum(tiling.chunks for tiling in _maps(call))
+
+
+def most_chunks(call: GroupNormCall) -> int:
+    """Programs a map."""
+    return max(tiling.chunks for tiling in _maps(call))
+
+
+def new_statistics(call: GroupNormCall, rows: int) -> Tensor:
+    """Two numbers for each group of a map, or of each of its chunks."""
+    shape = (call.x.shape[0], rows, 2, call.num_groups)
     return call.x.new_empty(shape, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """The kernels of ``group_norm_relu``.
 
-A program works on some tiles of one image, one after another. In shapes P stands for the positions
-of a tile, G and D for GROUPS_PAD and DIM_PAD, the groups and their channels; K for CHUNKS_PAD, the
-programs of an image. A group's statistics are its mean and its sum of squared deviations: sums of
+A program works on some tiles of one map, one after another. An image may have several maps, one
+behind the other, each with statistics of its own. In shapes P stands for the positions of a tile, G
+and D for GROUPS_PAD and DIM_PAD, the groups and their channels; K for CHUNKS_PAD, the programs of a
+map. A group's statistics are its mean and its sum of squared deviations: sums of
 squares would lose the variance of a map whose mean is large.
 """
 
@@ -10,6 +11,23 @@ import triton
 import triton.language as tl
 
 from .kernels import convert
+
+
+@triton.jit
+def map_of(chunk, levels, positions, tiles, chunks, LEVELS: tl.constexpr):
+    """Which map of its image a program works on; the map's first program, its first position, its
+    number of positions, the tiles of each of its programs, and how many these are.
+
+    ``levels`` has the latter five of each map, if there are several.
+    """
+    level, first_chunk, start = 0, 0, 0
+    if LEVELS > 1:
+        for i in tl.static_range(1, LEVELS):
+            level += (chunk >= tl.load(levels + 5 * i)).to(tl.int32)
+        levels += 5 * level
+        first_chunk, start = tl.load(levels), tl.load(levels + 1)
+        positions, tiles, chunks = tl.load(levels + 2), tl.load(levels + 3), tl.load(levels + 4)
+    return level, first_chunk, start, positions, tiles, chunks
 
 
 @triton.jit
@@ -22,7 +40,7 @@ def tile_at(
     GROUPS_PAD: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """(P, G, D) offsets into an image whose channels are last, and which of them are inside it."""
+    """(P, G, D) offsets into a map whose channels are last, and which of them are inside it."""
     position = first + tl.arange(0, BLOCK)
     channel, channel_mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     offsets = (position * (GROUPS * DIM))[:, None, None] + channel[None]
@@ -57,7 +75,7 @@ def load_parameters(
 @triton.jit
 def load_statistics(
     statistics,
-    n,
+    first,
     chunks,
     positions_of_chunk,
     positions,
@@ -67,10 +85,11 @@ def load_statistics(
     GROUPS_PAD: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
 ):
-    """(G,) means, sums of squared deviations and reciprocal standard deviations of an image."""
+    """(G,) means, sums of squared deviations and reciprocal standard deviations of a map, whose
+    chunks are in the rows of ``statistics`` from ``first`` on."""
     chunk, group = tl.arange(0, CHUNKS_PAD)[:, None], tl.arange(0, GROUPS_PAD)[None]
     mask = (chunk < chunks) & (group < GROUPS)
-    pointers = statistics + (n * chunks + chunk) * (2 * GROUPS) + group
+    pointers = statistics + (first + chunk) * (2 * GROUPS) + group
     means = tl.load(pointers, mask, 0.0)
     deviations = tl.load(pointers + GROUPS, mask, 0.0)
     count = (positions * DIM).to(tl.float32)
@@ -85,12 +104,16 @@ def load_statistics(
     return mean, deviation, 1.0 / tl.sqrt(deviation / count + eps)
 
 
-@triton.jit(do_not_specialize=["positions", "tiles"])
+@triton.jit(do_not_specialize=["all_positions", "positions", "tiles", "chunks"])
 def statistics_kernel(
     x,
     statistics,
+    levels,
+    all_positions,
     positions,
     tiles,
+    chunks,
+    LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -98,16 +121,20 @@ def statistics_kernel(
     DIM_PAD: tl.constexpr,
 ):
     """Statistics of the groups over the tiles of a program."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
-    x += n.to(tl.int64) * positions * (GROUPS * DIM)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    _, first_chunk, start, positions, tiles, _ = map_of(
+        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    )
+    chunk = tl.program_id(0) - first_chunk
+    x += (tl.program_id(1).to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     total = tl.zeros([1], tl.float32)
     mean = tl.zeros([GROUPS_PAD], tl.float32)
     deviation = tl.zeros([GROUPS_PAD], tl.float32)
     first = chunk * tiles * BLOCK
-    for start in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
-        offsets, mask = tile_at(start, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
+    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+        offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
-        count = (tl.minimum(positions - start, BLOCK) * DIM).to(tl.float32)
+        count = (tl.minimum(positions - top, BLOCK) * DIM).to(tl.float32)
         tile_mean = tl.sum(tl.sum(values, 2), 0) / count
         centred = tl.where(mask, values - tile_mean[None, :, None], 0.0)
         tile_deviation = tl.sum(tl.sum(centred * centred, 2), 0)
@@ -117,24 +144,27 @@ def statistics_kernel(
         deviation += tile_deviation + between * between * (share * total)
         total += count
     group = tl.arange(0, GROUPS_PAD)
-    pointers = statistics + (n * tl.num_programs(0) + chunk) * (2 * GROUPS) + group
+    pointers = statistics + program * (2 * GROUPS) + group
     tl.store(pointers, mean, group < GROUPS)
     tl.store(pointers + GROUPS, deviation, group < GROUPS)
 
 
-@triton.jit(do_not_specialize=["positions", "tiles", "chunks", "positions_of_chunk"])
+@triton.jit(do_not_specialize=["all_positions", "positions", "tiles", "chunks"])
 def forward_kernel(
     x,
     weight,
     bias,
     statistics,
     output,
-    statistics_of_image,
+    statistics_of_map,
+    levels,
+    all_positions,
     positions,
     tiles,
     chunks,
-    positions_of_chunk,
     eps,
+    LEVELS: tl.constexpr,
+    OF_CHUNKS: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -142,29 +172,37 @@ def forward_kernel(
     DIM_PAD: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
 ):
-    """The output of the tiles of a program, from the statistics of all chunks of the image."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
+    """The output of the tiles of a program, from the statistics of its map or of all its chunks."""
+    n = tl.program_id(1)
+    level, first_chunk, start, positions, tiles, chunks = map_of(
+        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    )
+    chunk = tl.program_id(0) - first_chunk
+    if OF_CHUNKS:
+        rows, positions_of_row = n * tl.num_programs(0) + first_chunk, tiles * BLOCK
+    else:
+        rows, positions_of_row, chunks = n * LEVELS + level, positions, 1
     mean, deviation, scale = load_statistics(
-        statistics, n, chunks, positions_of_chunk, positions, eps,
+        statistics, rows, chunks, positions_of_row, positions, eps,
         GROUPS, DIM, GROUPS_PAD, CHUNKS_PAD,
     )  # fmt: skip
     if chunk == 0:
         group = tl.arange(0, GROUPS_PAD)
-        pointers = statistics_of_image + n * (2 * GROUPS) + group
+        pointers = statistics_of_map + (n * LEVELS + level) * (2 * GROUPS) + group
         tl.store(pointers, mean, group < GROUPS)
         tl.store(pointers + GROUPS, deviation, group < GROUPS)
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    image = n.to(tl.int64) * positions * (GROUPS * DIM)
+    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     first = chunk * tiles * BLOCK
-    for start in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
-        offsets, mask = tile_at(start, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
+    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+        offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]
         result = tl.maximum(normed * w + b, 0.0)
         tl.store(output + image + offsets, convert(result, output.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["positions", "tiles"])
+@triton.jit(do_not_specialize=["all_positions", "positions", "tiles", "chunks"])
 def gradient_sums_kernel(
     grad_output,
     x,
@@ -173,9 +211,13 @@ def gradient_sums_kernel(
     statistics,
     channel_sums,
     group_sums,
+    levels,
+    all_positions,
     positions,
     tiles,
+    chunks,
     eps,
+    LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -184,24 +226,28 @@ def gradient_sums_kernel(
 ):
     """Of the gradient of what ReLU is given, and of its product with the normalised input: the sums
     over the tiles of a program, by channel; weighted and summed up by group as well."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
+    n = tl.program_id(1)
+    level, first_chunk, start, positions, tiles, chunks = map_of(
+        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    )
+    chunk = tl.program_id(0) - first_chunk
     mean, _, scale = load_statistics(
-        statistics, n, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
+        statistics, n * LEVELS + level, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
     )
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    image = n.to(tl.int64) * positions * (GROUPS * DIM)
+    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     of_bias = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
     of_weight = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
     first = chunk * tiles * BLOCK
-    for start in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
-        offsets, mask = tile_at(start, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
+    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+        offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]
         grad = tl.where(normed * w + b > 0.0, grad, 0.0)
         of_bias += tl.sum(grad, 0)
         of_weight += tl.sum(grad * normed, 0)
-    program = n * tl.num_programs(0) + chunk
+    program = n * tl.num_programs(0) + tl.program_id(0)
     channel, mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     pointers = channel_sums + program * (2 * GROUPS * DIM) + channel
     tl.store(pointers, of_weight, mask)
@@ -213,7 +259,7 @@ def gradient_sums_kernel(
     tl.store(pointers + GROUPS, tl.sum(of_bias * w, 1), group < GROUPS)
 
 
-@triton.jit(do_not_specialize=["positions", "tiles", "chunks"])
+@triton.jit(do_not_specialize=["all_positions", "positions", "tiles", "chunks"])
 def input_gradient_kernel(
     grad_output,
     x,
@@ -222,10 +268,13 @@ def input_gradient_kernel(
     statistics,
     group_sums,
     grad_input,
+    levels,
+    all_positions,
     positions,
     tiles,
     chunks,
     eps,
+    LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -234,21 +283,26 @@ def input_gradient_kernel(
     CHUNKS_PAD: tl.constexpr,
 ):
     """The input's gradient at the tiles of a program, from the sums of all chunks of the image."""
-    chunk, n = tl.program_id(0), tl.program_id(1)
+    n = tl.program_id(1)
+    level, first_chunk, start, positions, tiles, chunks = map_of(
+        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    )
+    chunk = tl.program_id(0) - first_chunk
     mean, _, scale = load_statistics(
-        statistics, n, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
+        statistics, n * LEVELS + level, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
     )
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     other, group = tl.arange(0, CHUNKS_PAD)[:, None], tl.arange(0, GROUPS_PAD)[None]
     sums_mask = (other < chunks) & (group < GROUPS)
-    pointers = group_sums + (n * chunks + other) * (2 * GROUPS) + group
+    rows = n * tl.num_programs(0) + first_chunk + other
+    pointers = group_sums + rows * (2 * GROUPS) + group
     count = (positions * DIM).to(tl.float32)
     along = tl.sum(tl.load(pointers, sums_mask, 0.0), 0) / count
     average = tl.sum(tl.load(pointers + GROUPS, sums_mask, 0.0), 0) / count
-    image = n.to(tl.int64) * positions * (GROUPS * DIM)
+    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     first = chunk * tiles * BLOCK
-    for start in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
-        offsets, mask = tile_at(start, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
+    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+        offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]

@@ -1,7 +1,8 @@
 """The forward kernel of ``local_attention``, and what the backward's kernels share with it.
 
-In shapes M stands for the positions of a tile, P for those of a chunk of its halo, D for
-PADDED_DIM, T for the 2 * KERNEL_PAD rows of a head's table of embeddings.
+Maps are (N, positions, C), as channels_last has them. In shapes M stands for the positions of a
+tile, P for those of a chunk of its halo, D for PADDED_DIM, T for the 2 * KERNEL_PAD rows of a
+head's table of embeddings.
 """
 
 import triton
@@ -41,12 +42,28 @@ def log2(x):
 
 
 @triton.jit
-def tile_of_program(NUM_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Image, head, top row and left column of the tile that this program works on."""
-    index = tl.program_id(0)
-    # Heads fastest: where channels are last, they share cache lines.
-    head = index % NUM_HEADS
-    return tl.program_id(2), head, tl.program_id(1) * BLOCK_H, index // NUM_HEADS * BLOCK_W
+def level_of(index, levels, height, width, LEVELS: tl.constexpr):
+    """Where a tile lies: its index within its map, the map's first position, height and width.
+
+    Several maps of an image, one behind the other, have ``levels``: of each its first tile, its
+    first position, its height and its width.
+    """
+    start = 0
+    if LEVELS > 1:
+        level = 0
+        for i in tl.static_range(1, LEVELS):
+            level += (index >= tl.load(levels + 4 * i)).to(tl.int32)
+        levels += 4 * level
+        index -= tl.load(levels)
+        start, height, width = tl.load(levels + 1), tl.load(levels + 2), tl.load(levels + 3)
+    return index, start, height, width
+
+
+@triton.jit
+def corner_of(index, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Top row and left column of a tile of a map."""
+    across = tl.cdiv(width, BLOCK_W)
+    return index // across * BLOCK_H, index % across * BLOCK_W
 
 
 @triton.jit
@@ -66,17 +83,17 @@ def within(x, size):
 
 
 @triton.jit
-def base_of(pointer, strides, n, head, HEAD_DIM: tl.constexpr):
-    """Where a head begins in an (N, C, H, W) map."""
-    return pointer + n.to(tl.int64) * strides[0] + head * HEAD_DIM * strides[1]
+def base_of(pointer, strides, n, start, head, HEAD_DIM: tl.constexpr):
+    """Where a head begins in a map: (N, positions, C), with strides of the first two."""
+    return pointer + n.to(tl.int64) * strides[0] + start * strides[1] + head * HEAD_DIM
 
 
 @triton.jit
-def offsets_of(strides, rows, cols, PADDED_DIM: tl.constexpr):
+def offsets_of(strides, rows, cols, width, PADDED_DIM: tl.constexpr):
     """(positions, D) offsets from ``base_of``."""
-    channels = tl.arange(0, PADDED_DIM)[None] * strides[1]
+    channels = tl.arange(0, PADDED_DIM)[None]
     # In this order, because loops walk over rows, and what does not change is computed once.
-    return (rows * strides[2])[:, None] + ((cols * strides[3])[:, None] + channels)
+    return (rows * (width * strides[1]))[:, None] + ((cols * strides[1])[:, None] + channels)
 
 
 @triton.jit
@@ -129,7 +146,7 @@ def axis_logits(table_logits, offset, seen, FIRST: tl.constexpr, AXIS: tl.conste
     return tl.where(seen, tl.gather(table_logits, index, AXIS), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["positions", "height", "width"])
 def forward_kernel(
     query,
     key,
@@ -141,8 +158,11 @@ def forward_kernel(
     query_strides,
     key_strides,
     output_strides,
+    levels,
+    positions,
     height,
     width,
+    LEVELS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -159,11 +179,15 @@ def forward_kernel(
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
-    n, head, top, left = tile_of_program(NUM_HEADS, BLOCK_H, BLOCK_W)
+    n, head = tl.program_id(1), tl.program_id(0) % NUM_HEADS  # heads of a position lie side by side
+    tile, start, height, width = level_of(
+        tl.program_id(0) // NUM_HEADS, levels, height, width, LEVELS
+    )
+    top, left = corner_of(tile, width, BLOCK_H, BLOCK_W)
     tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
     rows, cols = top + tile_rows, left + tile_cols
-    offsets = offsets_of(query_strides, clamp(rows, height), clamp(cols, width), PADDED_DIM)
-    q = load(base_of(query, query_strides, n, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
+    offsets = offsets_of(query_strides, clamp(rows, height), clamp(cols, width), width, PADDED_DIM)
+    q = load(base_of(query, query_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
 
     halo_cols = tl.arange(0, HALO_W)
     col_offset = halo_cols[None] - tile_cols[:, None]
@@ -179,8 +203,8 @@ def forward_kernel(
     else:
         col_logits = tl.where(col_seen, 0.0, float("-inf"))
 
-    key_base = base_of(key, key_strides, n, head, HEAD_DIM)
-    value_base = base_of(value, key_strides, n, head, HEAD_DIM)
+    key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
+    value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
     chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
     key_cols = clamp(left - RADIUS + chunk_cols, width)
     maximum = tl.full([M], LOWEST, tl.float32)
@@ -188,7 +212,7 @@ def forward_kernel(
     result = tl.zeros([M, PADDED_DIM], tl.float32)
     for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
         key_rows = clamp(top - RADIUS + first + chunk_rows, height)
-        offsets = offsets_of(key_strides, key_rows, key_cols, PADDED_DIM)
+        offsets = offsets_of(key_strides, key_rows, key_cols, width, PADDED_DIM)
         k = load(key_base, offsets, HEAD_DIM, PADDED_DIM)
         v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
         halo_rows = first + tl.arange(0, CHUNK_H)
@@ -212,9 +236,9 @@ def forward_kernel(
 
     inside = (rows < height) & (cols < width)
     result *= (1.0 / total)[:, None]
-    offsets = offsets_of(output_strides, rows, cols, PADDED_DIM)
-    base = base_of(output, output_strides, n, head, HEAD_DIM)
+    offsets = offsets_of(output_strides, rows, cols, width, PADDED_DIM)
+    base = base_of(output, output_strides, n, start, head, HEAD_DIM)
     store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
-    plane = (n.to(tl.int64) * NUM_HEADS + head) * height * width
+    plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
     maximum += log2(total) * LN_2
     tl.store(logsumexp + plane + (rows * width + cols), maximum, mask=inside)
