@@ -9,7 +9,7 @@ from .functional import (
     stem_attention_weights,
 )
 from .group_norm import group_norm_relu
-from .normed_attention import normed_attention, pack_levels, unpack_levels
+from .normed import normed_attention, pack_levels, unpack_levels
 from .projected import projected_attention
 from .residual import residual_projection
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import choose, find
 from .calls import GroupNormCall, Levels
@@ -71,6 +72,7 @@ class _GroupNormReLU(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call = GroupNormCall(*ctx.saved_tensors, *ctx.options)
         if call.levels is None:

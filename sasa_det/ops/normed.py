@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import choose, find
 from .calls import AttentionCall, GroupNormCall, Levels
@@ -49,6 +50,7 @@ class NormedAttention(torch.autograd.Function):
         return x + output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, statistics, weight, bias = ctx.saved_tensors[:6]
         rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors[6:]
