@@ -17,6 +17,7 @@ from .native import attention as native_attention
 from .native import projected as native_projected
 from .native import residual as native_residual
 from .native import stem as native_stem
+from .operator import somebody_looks
 from .triton import attention as triton_attention
 from .triton import group_norm as triton_group_norm
 from .triton import stem as triton_stem
@@ -102,7 +103,8 @@ def find(operator: str, call: Call) -> Implementation | None:
 
 def packs_levels(x: Tensor) -> bool:
     """Whether maps such as ``x`` may be packed in one: see :func:`sasa_det.ops.pack_levels`."""
-    return _forced in (None, "triton") and triton.refuses_tensor(x) is None
+    served = _forced in (None, "triton") and triton.refuses_tensor(x) is None
+    return served and not somebody_looks((x,))
 
 
 def choose(operator: str, call: Call) -> Implementation:

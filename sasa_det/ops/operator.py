@@ -32,7 +32,8 @@ class Operator:
         self.register_autograd = self._registered.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() or somebody_looks(arguments):
+        seen = torch.is_grad_enabled() or torch.autograd._profiler_enabled()
+        if seen or somebody_looks(arguments):
             return self._registered(*arguments)
         return self._function(*arguments)
 
@@ -48,8 +49,8 @@ def makes_a_program() -> bool:
 
 
 def somebody_looks(arguments: tuple[Any, ...]) -> bool:
-    """Whether there is anything that wants to see operators, autograd aside."""
-    if makes_a_program() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
+    """Whether anything wants to see what operators are called with, autograd aside."""
+    if makes_a_program() or is_in_torch_dispatch_mode():
         return True
     if torch._C._are_functorch_transforms_active():
         return True
