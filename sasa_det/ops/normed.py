@@ -52,8 +52,8 @@ class NormedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, statistics, weight, bias = ctx.saved_tensors[:6]
-        rel_rows, rel_cols, logsumexp, output = ctx.saved_tensors[6:]
+        x, norm_weight, norm_bias, statistics, *saved = ctx.saved_tensors
+        weight, bias, rel_rows, rel_cols, logsumexp, output = saved
         num_groups, eps, levels, num_heads, kernel_size = ctx.options
         norm_call = GroupNormCall(x, norm_weight, norm_bias, statistics, num_groups, eps, levels)
         group_norm = choose("group_norm_relu", norm_call)

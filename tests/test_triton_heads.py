@@ -1,0 +1,133 @@
+"""The Triton kernels of a detector's heads: group norm, and all levels of an FPN at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from with_triton import DEVICE, TOLERANCE, UNAVAILABLE, backend, on_device  # noqa: F401
+
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
+from sasa_det.ops import group_norm_relu
+from sasa_det.ops.registration import group_norm_relu_op
+from sasa_det.ops.triton import group_norm
+
+NORM_SHAPES = [
+    (2, 64, 5, 7, 32),
+    (1, 256, 40, 21, 32),  # chunks of an image, of more than one tile each
+    (2, 96, 9, 3, 32),  # groups of three channels
+    (3, 8, 30, 17, 2),
+    (2, 64, 1, 1, 4),
+    (0, 64, 3, 3, 32),
+]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_group_norm_and_relu(shape, dtype, monkeypatch):
+    monkeypatch.setattr(group_norm, "_MAX_CHUNKS", 5)
+    *size, groups = shape
+    x = 2 * torch.randn(size) + 30  # the mean is large
+    inputs, leaves = on_device([x.to(dtype), torch.randn(size[1]), torch.randn(size[1])])
+    exact, exact_leaves = on_device([x.double() for x in inputs])
+    x = inputs[0].to(memory_format=torch.channels_last)
+    output = group_norm_relu(x, groups, *inputs[1:], 1e-5)
+    expected = F.group_norm(exact[0], groups, *exact[1:], 1e-5).relu()
+    grad = torch.randn(size).to(output)
+    grads = torch.autograd.grad(output, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, exact_leaves, grad.double())
+    for actual, wanted in zip((output, *grads), (expected, *expected_grads)):
+        error = (actual.double() - wanted).norm()
+        assert error <= TOLERANCE[dtype] * wanted.norm().clamp_min(1.0)
+    assert output.dtype == dtype
+    assert output.stride() == x.stride()
+    with torch.no_grad():
+        _, statistics = group_norm_relu_op(x, *inputs[1:], None, groups, 1e-5)
+        again, _ = group_norm_relu_op(x, *inputs[1:], statistics, groups, 1e-5)
+    assert (again - output).norm() <= 0.1 * TOLERANCE[dtype] * output.norm()
+
+
+@pytest.mark.usefixtures("backend")
+def test_no_kernel_normalises_maps_whose_channels_are_not_last():
+    x, weight = torch.randn(1, 64, 3, 3, device=DEVICE), torch.ones(64, device=DEVICE)
+    assert group_norm_relu(x, 32, weight, weight, 1e-5) is None
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_a_layer_behind_a_group_norm_has_the_gradients_of_its_parts(
+    monkeypatch, autocast, tolerance
+):
+    # Which is cuDNN's default for float32.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    attention = LocalSelfAttention2d(64, 64, kernel_size=3)
+    layer = PreActivationSelfAttention2d(attention, nn.GroupNorm(32, 64)).to(DEVICE)
+    x = torch.randn(1, 64, 4, 5, device=DEVICE)
+    grad = torch.randn_like(x)
+    results = []
+    # Only where channels are last they are one.
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaves = [x.to(memory_format=memory_format).requires_grad_(), *layer.parameters()]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            output = layer(leaves[0])
+        results.append([output, *torch.autograd.grad(output, leaves, grad, retain_graph=True)])
+    for actual, wanted in zip(*results):
+        assert (actual - wanted).norm() <= tolerance * wanted.norm()
+    kept = [t for t in output.grad_fn.saved_tensors if t is not None and t.shape == x.shape]
+    assert len(kept) == 2  # the input and what the attention made of it, not what it was given
+
+
+LEVELS = ((5, 9), (3, 5), (2, 3))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
+    monkeypatch, autocast
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    head = attention_head().to(DEVICE)
+    features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
+    features = [x.to(memory_format=torch.channels_last).requires_grad_() for x in features]
+    results = []
+    for at_once in (True, False):
+        if not at_once:
+            head.register_forward_hook(lambda *_: None)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            outputs = [x for maps in head(features) for x in maps]
+        names = {type(x.grad_fn).__name__ for x in outputs}
+        assert ("ConvolutionBackward0" in names) != at_once  # else they are parts of one output
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+        leaves = [*features, *head.parameters()]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for actual, wanted in zip(*results):
+        assert actual.shape == wanted.shape
+        # In bfloat16 the same numbers are added in another order.
+        error, scale = (actual - wanted).float().norm(), wanted.float().norm()
+        assert error <= (2e-2 if autocast else 1e-5) * scale.clamp_min(1e-3)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_head_with_a_module_of_ones_own_goes_from_level_to_level():
+    head = attention_head().to(DEVICE)
+    head.cls_score = nn.Conv2d(64, 18, 3, padding=1).to(DEVICE)
+    features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
+    with torch.no_grad():
+        logits, _ = head(features)
+        x = head.cls_subnet(features[0])
+        assert torch.equal(logits[0], head.cls_score(x))
+
+
+def attention_head():
+    from detectron2.layers import ShapeSpec
+
+    from sasa_det.modeling.retinanet import AttentionRetinaNetHead
+
+    torch.manual_seed(0)
+    shapes = [ShapeSpec(channels=64)] * len(LEVELS)
+    options = {"num_classes": 2, "num_anchors": 9, "conv_dims": [64], "num_heads": 2}
+    head = AttentionRetinaNetHead(input_shape=shapes, kernel_size=3, **options)
+    for parameter in head.parameters():  # none of which is what it starts with
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return head
