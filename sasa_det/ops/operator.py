@@ -65,7 +65,8 @@ def without_autocast(function: Callable) -> Callable:
     @wraps(function)
     def call(*arguments: Any) -> Any:
         device = arguments[0].device.type
-        if not torch.is_autocast_enabled(device):
+        available = torch.amp.is_autocast_available(device)
+        if not available or not torch.is_autocast_enabled(device):
             return function(*arguments)
         # By hand: torch.autocast asks many questions before it does this.
         torch.set_autocast_enabled(device, False)
