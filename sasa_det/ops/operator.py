@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _profiler_enabled
 from torch.library import custom_op
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -32,8 +33,8 @@ class Operator:
         self.register_autograd = self._registered.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        seen = torch.is_grad_enabled() or torch.autograd._profiler_enabled()
-        if seen or somebody_looks(arguments):
+        # A compiler cannot read the last question, and gets no further than the second.
+        if torch.is_grad_enabled() or somebody_looks(arguments) or _profiler_enabled():
             return self._registered(*arguments)
         return self._function(*arguments)
 
