@@ -152,6 +152,17 @@ def test_the_layer_compiles_and_keeps_no_queries_keys_and_values(position):
         torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
 
 
+def test_the_layer_compiles_under_autocast():
+    layer, x = LocalSelfAttention2d(16, 16, kernel_size=3, num_heads=2), torch.randn(1, 16, 5, 4)
+    gradients = []
+    for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(x)
+        gradients.append(torch.autograd.grad(output.float().sum(), list(layer.parameters())))
+    for actual, wanted in zip(*gradients):
+        assert (actual - wanted).norm() <= 2e-2 * wanted.norm()
+
+
 def test_absolute_positions_are_exported_for_any_size():
     layer = LocalSelfAttention2d(16, 16, kernel_size=5, num_heads=2, position="absolute")
     size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

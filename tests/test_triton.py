@@ -126,6 +126,16 @@ def test_any_strides(change):
 
 
 @pytest.mark.usefixtures("backend")
+def test_strides_of_a_dimension_with_one_entry_do_not_matter():
+    inputs, options = make_inputs((2, 8, 9, 1, 2, 3), torch.float32)
+
+    def tokens(maps):  # (N, positions, C) as a map of one column
+        return [x.flatten(2).mT.contiguous().mT.unsqueeze(3) for x in maps]
+
+    check(inputs, options, change=tokens)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_of_ten_thousands_are_no_problem(dtype):
     inputs, options = make_inputs((1, 4, 5, 9, 1, 3), dtype)

@@ -7,8 +7,8 @@ from torch import nn
 from with_triton import DEVICE, TOLERANCE, UNAVAILABLE, backend, on_device  # noqa: F401
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
-from sasa_det.ops import group_norm_relu
-from sasa_det.ops.registration import group_norm_relu_op
+from sasa_det.ops import group_norm_relu, pack_levels, unpack_levels
+from sasa_det.ops.calls import GroupNormCall
 from sasa_det.ops.triton import group_norm
 
 NORM_SHAPES = [
@@ -42,9 +42,19 @@ def test_group_norm_and_relu(shape, dtype, monkeypatch):
     assert output.dtype == dtype
     assert output.stride() == x.stride()
     with torch.no_grad():
-        _, statistics = group_norm_relu_op(x, *inputs[1:], None, groups, 1e-5)
-        again, _ = group_norm_relu_op(x, *inputs[1:], statistics, groups, 1e-5)
+        call = GroupNormCall(x, *inputs[1:], None, groups, 1e-5)
+        _, statistics = group_norm.forward(call)
+        again, _ = group_norm.forward(call._replace(statistics=statistics))
     assert (again - output).norm() <= 0.1 * TOLERANCE[dtype] * output.norm()
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_number_that_is_none_stays_one_behind_the_relu():
+    x = torch.randn(1, 64, 3, 3, device=DEVICE).to(memory_format=torch.channels_last)
+    x[0, 5, 1, 1] = float("nan")
+    weight = torch.ones(64, device=DEVICE)
+    expected = F.group_norm(x, 32, weight, weight).relu()
+    assert torch.equal(group_norm_relu(x, 32, weight, weight, 1e-5).isnan(), expected.isnan())
 
 
 @pytest.mark.usefixtures("backend")
@@ -109,14 +119,37 @@ def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
 
 
 @pytest.mark.usefixtures("backend")
-def test_a_head_with_a_module_of_ones_own_goes_from_level_to_level():
+def test_a_single_level_is_packed_as_well():
+    layer = attention_head().cls_subnet[0].to(DEVICE)
+    x = torch.randn(1, 64, 5, 4, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        packed, levels = pack_levels([x])
+        (output,) = unpack_levels(layer.fused(packed, levels), levels)
+        assert torch.allclose(output, layer(x), atol=1e-5)
+
+
+@pytest.mark.usefixtures("backend")
+def test_outputs_may_be_changed_in_place():  # as detectron2 does with the logits
+    features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
+    for logits in attention_head().to(DEVICE)(features)[0]:
+        logits.sigmoid_()
+
+
+def normed_predictor():
+    from detectron2.layers import Conv2d
+
+    return Conv2d(64, 18, 1, norm=nn.GroupNorm(2, 18))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("predictor", [lambda: nn.Conv2d(64, 18, 3, padding=1), normed_predictor])
+def test_a_head_with_a_module_of_ones_own_goes_from_level_to_level(predictor):
     head = attention_head().to(DEVICE)
-    head.cls_score = nn.Conv2d(64, 18, 3, padding=1).to(DEVICE)
+    head.cls_score[-1] = predictor().to(DEVICE)
     features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
     with torch.no_grad():
         logits, _ = head(features)
-        x = head.cls_subnet(features[0])
-        assert torch.equal(logits[0], head.cls_score(x))
+        assert torch.equal(logits[0], head.cls_score(head.cls_subnet(features[0])))
 
 
 def attention_head():

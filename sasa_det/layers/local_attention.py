@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from sasa_det.ops import (
     group_norm_relu,
@@ -154,7 +155,7 @@ class PreActivationSelfAttention2d(nn.Module):
         if fused is not None:
             return fused
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return add_attention(x, self.attention, norm_relu(self.norm, x))
+            return add_attention(x, self.attention, F.relu_(self.norm(x)))
         return self._norm_computed_again(x)
 
     def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
@@ -209,30 +210,25 @@ class PreActivationSelfAttention2d(nn.Module):
 
 
 class NormReLU(nn.Sequential):
-    """A norm and ReLU, as one where there is a kernel for both."""
+    """A norm and ReLU, as one where there is a kernel for both.
+
+    The ReLU is a module for its place among the names of the weights.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__(norm, nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_relu(self[0], x)
+        fused = self.fused(x)
+        return F.relu_(self[0](x)) if fused is None else fused
 
-    def fused(self, x: Tensor, levels: Levels) -> Tensor | None:
-        """See :func:`sasa_det.ops.group_norm_relu`."""
-        return _fused_norm_relu(self[0], x, levels)
-
-
-def norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
-    """relu(norm(x)), by one kernel where there is one."""
-    fused = _fused_norm_relu(norm, x)
-    return F.relu_(norm(x)) if fused is None else fused
-
-
-def _fused_norm_relu(norm: nn.Module, x: Tensor, levels: Levels | None = None) -> Tensor | None:
-    if type(norm) is not nn.GroupNorm or has_hooks(norm):
-        return None
-    parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return group_norm_relu(x, *parameters, levels=levels)
+    def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
+        """See :func:`sasa_det.ops.group_norm_relu`; None as well where a module is replaced."""
+        norm = self[0]
+        if type(norm) is not nn.GroupNorm or has_hooks(norm):
+            return None
+        parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return group_norm_relu(x, *parameters, levels=levels)
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
@@ -249,8 +245,15 @@ def is_plain(projection: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody counts on its forward being called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody counts on its forward being called, or has put another in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
 
 
 def make_embeddings(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
-from sasa_det.layers.local_attention import NormReLU, has_hooks
-from sasa_det.ops import pack_levels, packs_levels, unpack_levels
+from sasa_det.layers.local_attention import NormReLU, has_hooks, is_plain
+from sasa_det.ops import can_pack_levels, pack_levels, unpack_levels
 from sasa_det.ops.calls import Levels
 from sasa_det.ops.functional import shared_casts
 
@@ -188,7 +188,7 @@ class AttentionRetinaNetHead(RetinaNetHead):
 
         Small levels take less time on a GPU than their calls in Python.
         """
-        if len(features) < 2 or not packs_levels(features[0]):
+        if len(features) < 2 or not can_pack_levels(features[0]):
             return None
         if any(has_hooks(module) for module in self.modules()):  # for each level, they count on
             return None
@@ -219,14 +219,16 @@ def _predict_at_once(
     subnet: nn.Module, predictor: nn.Module, packed: Tensor, levels: Levels
 ) -> Tensor | None:
     """None where another module was put in the place of one of ours."""
-    if not isinstance(subnet, nn.Sequential) or not isinstance(predictor, nn.Sequential):
+    if type(subnet) is not nn.Sequential or type(predictor) is not nn.Sequential:
         return None
     *layers, projection = (*subnet, *predictor)
-    if not isinstance(projection, nn.Conv2d) or projection.kernel_size != (1, 1):
+    if not is_plain(projection) or projection.kernel_size != (1, 1):
+        return None
+    if projection.stride != (1, 1) or projection.padding != (0, 0):
         return None
     x: Tensor | None = packed
     for layer in layers:
-        if x is None or not isinstance(layer, PreActivationSelfAttention2d | NormReLU):
+        if x is None or type(layer) not in (PreActivationSelfAttention2d, NormReLU):
             return None
-        x = layer.fused(x, levels)
+        x = layer.fused(x, levels)  # type: ignore[operator]
     return None if x is None else projection(x)

@@ -9,20 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-from torch import Tensor
-
 from . import eager, eager_pooled_stem, eager_stem, native, triton
-from .calls import AttentionCall, GroupNormCall, ProjectedCall, ResidualCall, StemCall
+from .calls import AttentionCall, ProjectedCall, ResidualCall, StemCall
 from .native import attention as native_attention
 from .native import projected as native_projected
 from .native import residual as native_residual
 from .native import stem as native_stem
-from .operator import somebody_looks
 from .triton import attention as triton_attention
-from .triton import group_norm as triton_group_norm
 from .triton import stem as triton_stem
 
-Call = AttentionCall | GroupNormCall | ProjectedCall | ResidualCall | StemCall
+Call = AttentionCall | ProjectedCall | ResidualCall | StemCall
 
 
 class Implementation(Protocol):
@@ -39,12 +35,10 @@ class Implementation(Protocol):
 
 
 # Fastest first; eager serves every call. Where nothing serves projected_attention, it is a
-# convolution and local_attention; residual_projection is a convolution and a sum, and
-# group_norm_relu what its name says.
+# convolution and local_attention; residual_projection is a convolution and a sum.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "projected_attention": {"native": native_projected},
-    "group_norm_relu": {"triton": triton_group_norm},
     "residual_projection": {"native": cast(Implementation, native_residual)},  # has no backward
     "stem_attention": {"eager": eager_stem},
     "stem_attention_pooled": {
@@ -96,15 +90,14 @@ def use_backend(name: str) -> Iterator[None]:
 def find(operator: str, call: Call) -> Implementation | None:
     """The implementation that serves this call of this operator, if there is one."""
     for name, implementation in _IMPLEMENTATIONS[operator].items():
-        if _forced in (None, name) and implementation.refuses(call) is None:
+        if allows(name) and implementation.refuses(call) is None:
             return implementation
     return None
 
 
-def packs_levels(x: Tensor) -> bool:
-    """Whether maps such as ``x`` may be packed in one: see :func:`sasa_det.ops.pack_levels`."""
-    served = _forced in (None, "triton") and triton.refuses_tensor(x) is None
-    return served and not somebody_looks((x,))
+def allows(name: str) -> bool:
+    """Whether this backend may serve calls: each may, unless another one was asked for."""
+    return _forced in (None, name)
 
 
 def choose(operator: str, call: Call) -> Implementation:

@@ -62,7 +62,8 @@ class ResidualCall(NamedTuple):
 class GroupNormCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.group_norm_relu`, and the statistics if known.
 
-    These are (N, 1, 2, num_groups), in float32: means and sums of squared deviations.
+    These are (N, maps, 2, num_groups), in float32: means and sums of squared deviations of an
+    image's one map, or of its ``levels``.
     """
 
     x: Tensor

@@ -268,8 +268,8 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     # What was cast without gradients is none for those who need them.
     key = id(t), dtype, torch.is_grad_enabled()
     if key not in casts:
-        casts[key] = t.to(dtype)
-    return casts[key]
+        casts[key] = t, t.to(dtype)  # the parameter, too, so that no other one gets its id
+    return casts[key][1]
 
 
 # Each thread has its own: replicas of a model may run in several.

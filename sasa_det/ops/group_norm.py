@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import choose, find
+from .backends import allows
 from .calls import GroupNormCall, Levels
-from .operator import makes_a_program
-from .registration import group_norm_relu_backward_op, group_norm_relu_op
+from .operator import somebody_looks
+from .triton import group_norm as kernels
 
 
 def group_norm_relu(
@@ -33,12 +33,12 @@ def group_norm_relu(
 
     Returns:
         Tensor or None: in the dtype of ``x``, under autocast too; None if no kernel serves the
-        call.
+        call, or if somebody wants to see operators.
     """
     call = served_call(x, num_groups, weight, bias, eps, levels)
     if call is None:
         return None
-    return _GroupNormReLU.apply(*call) if torch.is_grad_enabled() else _forward(call)[0]
+    return _GroupNormReLU.apply(*call) if torch.is_grad_enabled() else kernels.forward(call)[0]
 
 
 def served_call(
@@ -49,24 +49,20 @@ def served_call(
     eps: float,
     levels: Levels | None = None,
 ) -> GroupNormCall | None:
-    """What a kernel is to be called with; None if none serves it."""
-    if weight is None or bias is None or x.dim() != 4 or makes_a_program():
+    """What the kernels are to be called with; None if they do not serve it."""
+    if weight is None or bias is None or x.dim() != 4 or x.shape[1] % num_groups:
+        return None
+    if not allows("triton") or somebody_looks((x, weight, bias)):
         return None
     call = GroupNormCall(x, weight, bias, None, num_groups, eps, levels)
-    return None if find("group_norm_relu", call) is None else call
-
-
-def _forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
-    if call.levels is None:
-        return group_norm_relu_op(*call[:-1])
-    return choose("group_norm_relu", call).forward(call)
+    return call if kernels.refuses(call) is None else None
 
 
 class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         call = GroupNormCall(*arguments)
-        output, statistics = _forward(call)
+        output, statistics = kernels.forward(call)
         ctx.save_for_backward(call.x, call.weight, call.bias, statistics)
         ctx.options = call[4:]
         return output
@@ -75,9 +71,6 @@ class _GroupNormReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call = GroupNormCall(*ctx.saved_tensors, *ctx.options)
-        if call.levels is None:
-            grad_input, grads = group_norm_relu_backward_op(grad_output, *call[:-1])
-        else:
-            grad_input, grads = choose("group_norm_relu", call).backward(call, grad_output)
+        grad_input, grads = kernels.backward(call, grad_output)
         of_weight, of_bias = grads.to(call.weight.dtype).unbind()
         return grad_input, of_weight, of_bias, None, None, None, None

@@ -69,6 +69,9 @@ def without_autocast(function: Callable) -> Callable:
         available = torch.amp.is_autocast_available(device)
         if not available or not torch.is_autocast_enabled(device):
             return function(*arguments)
+        if torch.compiler.is_compiling():  # which does not know the other way
+            with torch.autocast(device, enabled=False):
+                return function(*arguments)
         # By hand: torch.autocast asks many questions before it does this.
         torch.set_autocast_enabled(device, False)
         try:

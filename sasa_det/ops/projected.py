@@ -102,10 +102,10 @@ def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) ->
 def _unfused(*arguments: Any) -> Tensor:
     if torch.is_grad_enabled():
         return _ProjectedAttention.apply(*arguments)
-    return unfused_forward(*arguments)[0]
+    return _unfused_forward(*arguments)[0]
 
 
-def unfused_forward(
+def _unfused_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
@@ -144,7 +144,7 @@ def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
 class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        output, logsumexp = unfused_forward(*arguments)
+        output, logsumexp = _unfused_forward(*arguments)
         *tensors, ctx.num_heads, ctx.kernel_size = arguments
         # On the CPU the native backward does without the output; eager computes it anew.
         kept_output = output if output.is_cuda else None
@@ -155,7 +155,7 @@ class _ProjectedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         *tensors, logsumexp, output = ctx.saved_tensors
         options = (ctx.num_heads, ctx.kernel_size, ctx.needs_input_grad[:3])
-        grads = unfused_backward(grad_output, logsumexp, output, tuple(tensors), *options)
+        grads = _unfused_backward(grad_output, logsumexp, output, tuple(tensors), *options)
         return *grads, None, None
 
 
@@ -186,11 +186,11 @@ class _FusedAttention(torch.autograd.Function):
             return *align(grads, tensors), grad_residual, None, None
         # The backend or the number of threads was changed since the forward.
         options = (ctx.num_heads, ctx.kernel_size, ctx.needs_input_grad[:3])
-        grads = unfused_backward(grad_output, logsumexp, None, tuple(tensors), *options)
+        grads = _unfused_backward(grad_output, logsumexp, None, tuple(tensors), *options)
         return *grads, grad_residual, None, None
 
 
-def unfused_backward(
+def _unfused_backward(
     grad_output: Tensor,
     logsumexp: Tensor,
     output: Tensor | None,

@@ -16,7 +16,6 @@ from . import flops
 from .backends import choose
 from .calls import (
     AttentionCall,
-    GroupNormCall,
     ProjectedCall,
     ResidualCall,
     StemCall,
@@ -103,23 +102,6 @@ def residual_projection_op(*arguments: Any) -> Tensor:
     return choose("residual_projection", call).forward(call)
 
 
-_GROUP_NORM = "Tensor x, Tensor weight, Tensor bias, Tensor? statistics, int num_groups, float eps"
-
-
-@operator(f"group_norm_relu({_GROUP_NORM}) -> (Tensor, Tensor)")
-def group_norm_relu_op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The output and the statistics; differentiated by :func:`sasa_det.ops.group_norm_relu`."""
-    call = GroupNormCall(*arguments)
-    return choose("group_norm_relu", call).forward(call)
-
-
-@operator(f"group_norm_relu_backward(Tensor grad_output, {_GROUP_NORM}) -> Tensor[]")
-def group_norm_relu_backward_op(grad_output: Tensor, *arguments: Any) -> list[Tensor]:
-    """Gradients of x, and of weight and bias in one float32 tensor (2, C)."""
-    call = GroupNormCall(*arguments)
-    return choose("group_norm_relu", call).backward(call, grad_output)
-
-
 @operator(f"stem_attention({_STEM}) -> Tensor")
 def stem_attention_op(*arguments: Any) -> Tensor:
     call = StemCall(*arguments)
@@ -188,17 +170,6 @@ def _(grad_output, logsumexp, input_gradient, weight_gradient, *arguments):
 @residual_projection_op.register_fake
 def _(residual, x, weight, bias):
     return torch.empty_like(residual)
-
-
-@group_norm_relu_op.register_fake
-def _(x, weight, bias, statistics, num_groups, eps):
-    statistics = x.new_empty(x.shape[0], 1, 2, num_groups, dtype=torch.float32)
-    return torch.empty_like(x), statistics
-
-
-@group_norm_relu_backward_op.register_fake
-def _(grad_output, x, *arguments):
-    return [torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)]
 
 
 @stem_attention_op.register_fake

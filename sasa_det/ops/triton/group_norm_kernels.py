@@ -198,7 +198,8 @@ def forward_kernel(
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]
-        result = tl.maximum(normed * w + b, 0.0)
+        result = normed * w + b
+        result = tl.where(result <= 0.0, 0.0, result)  # NaN stays NaN
         tl.store(output + image + offsets, convert(result, output.dtype.element_ty), mask)
 
 
@@ -244,7 +245,7 @@ def gradient_sums_kernel(
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]
-        grad = tl.where(normed * w + b > 0.0, grad, 0.0)
+        grad = tl.where(normed * w + b <= 0.0, 0.0, grad)
         of_bias += tl.sum(grad, 0)
         of_weight += tl.sum(grad * normed, 0)
     program = n * tl.num_programs(0) + tl.program_id(0)
@@ -306,7 +307,7 @@ def input_gradient_kernel(
         values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
         grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
         normed = (values - mean[None, :, None]) * scale[None, :, None]
-        grad = tl.where(normed * w + b > 0.0, grad * w, 0.0)
+        grad = tl.where(normed * w + b <= 0.0, 0.0, grad * w)
         grad -= average[None, :, None] + normed * along[None, :, None]
         result = grad * scale[None, :, None]
         tl.store(grad_input + image + offsets, convert(result, grad_input.dtype.element_ty), mask)
