@@ -109,7 +109,7 @@ def test_compiles_for_a_gpu(dtype, head_dim, kernel_size, relative, levels):
     pytest.importorskip("triton")
     for launch in attention_launches(dtype, head_dim, kernel_size, relative, levels):
         kernel = compile_for_hopper(launch)
-        has_products = "PRECISION" in launch.constants
+        has_products = "PRECISION" in launch.kernel.arg_names
         assert ("mma" in kernel.asm["ptx"]) == (has_products and dtype != torch.float32)
         assert kernel.metadata.shared < 48 * 1024  # what every GPU has
 

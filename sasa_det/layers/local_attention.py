@@ -1,5 +1,7 @@
 """Local self-attention in the place of a k x k convolution."""
 
+from typing import TypeGuard, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from sasa_det.ops import (
 from sasa_det.ops.calls import Levels
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.projected import add_and_scale
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 POSITIONS = ("relative", "absolute", "none")
 EMBEDDING_STD = 0.1
@@ -84,7 +88,7 @@ class LocalSelfAttention2d(nn.Module):
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
         projection = self.projection
-        if is_plain(projection):
+        if is_plain(projection, nn.Conv2d):
             weight, bias = projection.weight, projection.bias
             return projected_attention(
                 x,
@@ -161,12 +165,10 @@ class PreActivationSelfAttention2d(nn.Module):
     def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
         """See :func:`sasa_det.ops.normed_attention`; None as well where a module is replaced."""
         norm, attention = self.norm, self.attention
-        if type(norm) is not nn.GroupNorm or has_hooks(norm):
-            return None
-        if type(attention) is not LocalSelfAttention2d or has_hooks(attention):
+        if not is_plain(norm, nn.GroupNorm) or not is_plain(attention, LocalSelfAttention2d):
             return None
         projection = attention.projection
-        if attention.position == "absolute" or not is_plain(projection):
+        if attention.position == "absolute" or not is_plain(projection, nn.Conv2d):
             return None
         return normed_attention(
             x,
@@ -225,7 +227,7 @@ class NormReLU(nn.Sequential):
     def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
         """See :func:`sasa_det.ops.group_norm_relu`; None as well where a module is replaced."""
         norm = self[0]
-        if type(norm) is not nn.GroupNorm or has_hooks(norm):
+        if not is_plain(norm, nn.GroupNorm):
             return None
         parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
         return group_norm_relu(x, *parameters, levels=levels)
@@ -233,15 +235,15 @@ class NormReLU(nn.Sequential):
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
     """residual + attention(x), whatever stands in the attention's place."""
-    if type(attention) is LocalSelfAttention2d and not has_hooks(attention):
+    if is_plain(attention, LocalSelfAttention2d):
         return attention.add_to(residual, x)
     output = attention(x)
     return output if residual is None else residual + output
 
 
-def is_plain(projection: nn.Module) -> bool:
-    """Whether its weights are all there is to it."""
-    return type(projection) is nn.Conv2d and not has_hooks(projection)
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether it is of this very class, and its weights are all there is to it."""
+    return type(module) is kind and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
-from sasa_det.layers.local_attention import add_attention, has_hooks
+from sasa_det.layers.local_attention import add_attention, has_hooks, is_plain
 from sasa_det.ops import residual_projection
 
 from .norm import (
@@ -120,8 +120,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         # What the attention returned may be what it keeps for its backward; a sum is not.
         out = F.relu_(out) if self.residual else F.relu(out)
         residual = x if self.shortcut is None else self.shortcut(x)
-        plain = type(self.conv3) is PointwiseConv2d and not has_hooks(self.conv3)
-        folded = self.conv3.folded(out) if plain else None
+        folded = self.conv3.folded(out) if is_plain(self.conv3, PointwiseConv2d) else None
         if folded is not None:
             return residual_projection(residual, out, *folded)
         out = self.conv3(out)
@@ -132,8 +131,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
         residual = x if self.residual else None
         attention = self.attention
-        plain = type(attention) is LocalSelfAttention2d and not has_hooks(attention)
-        if plain and folds(self.attention_norm, x):
+        if is_plain(attention, LocalSelfAttention2d) and folds(self.attention_norm, x):
             # Pooling averages, so a scale and a shift are the same before it and behind it.
             return self._pool(attention.add_to(residual, x, *scale_and_shift(self.attention_norm)))
         return self.attention_norm(self._pool(add_attention(residual, attention, x)))

@@ -222,7 +222,7 @@ def _predict_at_once(
     if type(subnet) is not nn.Sequential or type(predictor) is not nn.Sequential:
         return None
     *layers, projection = (*subnet, *predictor)
-    if not is_plain(projection) or projection.kernel_size != (1, 1):
+    if not is_plain(projection, nn.Conv2d) or projection.kernel_size != (1, 1):
         return None
     if projection.stride != (1, 1) or projection.padding != (0, 0):
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import eager, eager_stem, registration
 from .calls import AttentionCall, StemCall, compute_dtype
 from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
-from .operator import makes_a_program
+from .operator import autocast_is_on, makes_a_program
 
 
 def local_attention(
@@ -234,18 +234,13 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
 
 def runs_eagerly(x: Tensor) -> bool:
     """Whether what is made of ``x`` needs no gradient, no autocast, and is not to be a program."""
-    device_type = x.device.type
-    if torch.is_grad_enabled() or makes_a_program():
-        return False
-    available = torch.amp.is_autocast_available(device_type)
-    return not (available and torch.is_autocast_enabled(device_type))
+    return not (torch.is_grad_enabled() or makes_a_program() or autocast_is_on(x.device.type))
 
 
 def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
     """As autocast does for a convolution: everything but float64 goes to the autocast dtype."""
     device_type = first.device.type
-    available = torch.amp.is_autocast_available(device_type)
-    if not available or not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         return first, *others
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(_cast(t, dtype) for t in (first, *others))

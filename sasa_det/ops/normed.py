@@ -12,7 +12,7 @@ from .calls import AttentionCall, GroupNormCall, Levels
 from .checks import check_attention
 from .functional import cast_embeddings, cast_for_autocast
 from .group_norm import served_call
-from .operator import somebody_looks
+from .operator import autocast_is_on, somebody_looks
 from .projected import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
@@ -111,7 +111,7 @@ def normed_attention(
     attention_call = AttentionCall(x, x, x, rel_rows, rel_cols, num_heads, kernel_size, levels)
     check_attention(attention_call)  # here, because kernels trust it
     # Only autocast has weights of another dtype; without it torch is to say so.
-    mixed = x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    mixed = x.dtype != weight.dtype and not autocast_is_on(x.device.type)
     if mixed or attention.refuses(attention_call) is not None:
         return None
     norm = (call.x, call.weight, call.bias, num_groups, eps, levels)

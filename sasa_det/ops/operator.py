@@ -49,6 +49,12 @@ def makes_a_program() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Of a device that has it, which not all have."""
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
 def somebody_looks(arguments: tuple[Any, ...]) -> bool:
     """Whether anything wants to see what operators are called with, autograd aside."""
     if makes_a_program() or is_in_torch_dispatch_mode():
@@ -66,8 +72,7 @@ def without_autocast(function: Callable) -> Callable:
     @wraps(function)
     def call(*arguments: Any) -> Any:
         device = arguments[0].device.type
-        available = torch.amp.is_autocast_available(device)
-        if not available or not torch.is_autocast_enabled(device):
+        if not autocast_is_on(device):
             return function(*arguments)
         if torch.compiler.is_compiling():  # which does not know the other way
             with torch.autocast(device, enabled=False):

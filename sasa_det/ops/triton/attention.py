@@ -11,7 +11,8 @@ queries and keys starts from as its accumulator, so masks and embeddings cost ne
 
 The backward computes the weights anew from the log-sum-exp, in two kernels without atomics: one
 walks from queries over keys, for the gradients of queries and embeddings, one from keys over the
-queries that see them. Results do not change from run to run.
+queries that see them; a third adds up those of the embeddings. Results do not change from run to
+run.
 """
 
 import functools
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, empty_gradient
+from ..calls import AttentionCall, Levels, empty_gradient
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 
 # Programs that each sum the gradients of the embeddings over some tiles: enough to keep a GPU busy
@@ -77,9 +78,7 @@ def backward(
             call, grad_output, output, logsumexp, grad_query, mean, partial_sums
         ).run()
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
-        if grads and partial_sums.shape[0] == 0:  # of an empty batch
-            grads = [x.zero_() for x in grads]
-        elif grads:
+        if grads:
             embedding_gradient_launch(call, partial_sums, *grads).run()
     if call.query is not given.query:
         grad_maps = empty_gradient(given).copy_(grad_maps)
@@ -174,8 +173,6 @@ def embedding_gradient_launch(
     }
     grid = (call.num_heads, 2 * call.kernel_size)
     tile = constants(call) | {"PROGRAMS_AT_ONCE": 64}
-    names = embedding_gradient_kernel.arg_names
-    tile = {name: value for name, value in tile.items() if name in names}
     options = {"num_warps": 4, "num_stages": 1}
     return Launch(embedding_gradient_kernel, grid, arguments, tile, options)
 
@@ -185,25 +182,28 @@ def options(call: AttentionCall) -> dict[str, int]:
     # all queries of a tile. Those have no float32; plain multiply-adds need more threads.
     if call.query.dtype == torch.float32:
         return {"num_warps": 4, "num_stages": 2}
-    tile = constants(call)
+    tile = _tile(call)
     fits = tile["PADDED_DIM"] <= 32 and tile["KERNEL_PAD"] <= 8
     return {"num_warps": 1 if fits else 2, "num_stages": 3}
 
 
 def constants(call: AttentionCall) -> dict[str, Any]:
     """What the kernels are compiled for."""
-    head_dim = call.query.shape[1] // call.num_heads
     return {
         "NUM_HEADS": call.num_heads,
-        "HEAD_DIM": head_dim,
+        "HEAD_DIM": call.query.shape[1] // call.num_heads,
         "RELATIVE": call.rel_rows is not None,
         "LEVELS": 1 if call.levels is None else len(call.levels),
-        **_tile(head_dim, call.kernel_size),
+        **_tile(call),
     }
 
 
+def _tile(call: AttentionCall) -> dict[str, Any]:
+    return _tile_for(call.query.shape[1] // call.num_heads, call.kernel_size)
+
+
 @functools.cache
-def _tile(head_dim: int, kernel_size: int) -> dict[str, Any]:
+def _tile_for(head_dim: int, kernel_size: int) -> dict[str, Any]:
     """Tiles of 32 queries, chosen by their times on an H200 at k = 7.
 
     With 2 x 8 of them in a tile instead of 4 x 8 fewer logits are of no use, but keys are loaded 8
@@ -233,7 +233,7 @@ def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
         for name, x in (("rel_rows", call.rel_rows), ("rel_cols", call.rel_cols))
     }
     height, width = call.query.shape[2:] if call.levels is None else call.levels[0]
-    tile = constants(call)
+    tile = _tile(call)
     geometry = {
         "levels": _level_table(call.levels, tile["BLOCK_H"], tile["BLOCK_W"], call.query.device),
         "positions": call.query.shape[2] * call.query.shape[3],
@@ -245,7 +245,7 @@ def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _level_table(
-    levels: tuple[tuple[int, int], ...] | None, block_h: int, block_w: int, device: torch.device
+    levels: Levels | None, block_h: int, block_w: int, device: torch.device
 ) -> Tensor | None:
     """As ``kernels.level_of`` reads it."""
     if levels is None:
@@ -260,7 +260,7 @@ def _level_table(
 
 def _num_tiles(call: AttentionCall) -> int:
     """Of an image."""
-    tile = constants(call)
+    tile = _tile(call)
     levels = call.levels or (tuple(call.query.shape[2:]),)
     return sum(cdiv(h, tile["BLOCK_H"]) * cdiv(w, tile["BLOCK_W"]) for h, w in levels)
 
@@ -271,7 +271,7 @@ def _tiles_grid(call: AttentionCall) -> tuple[int, int]:
 
 def new_partial_sums(call: AttentionCall) -> Tensor:
     """Room for the sums of the programs of ``query_gradient_kernel``."""
-    tile = constants(call)
+    tile = _tile(call)
     tiles = call.query.shape[0] * _num_tiles(call)
     programs = min(tiles, cdiv(_SUMMING_PROGRAMS, call.num_heads))
     table = (2 * tile["KERNEL_PAD"], tile["PADDED_DIM"])

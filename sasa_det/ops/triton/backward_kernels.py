@@ -1,4 +1,4 @@
-"""The two kernels of the backward of ``local_attention``. Shapes as in :mod:`.kernels`."""
+"""The kernels of the backward of ``local_attention``. Shapes as in :mod:`.kernels`."""
 
 import triton
 import triton.language as tl

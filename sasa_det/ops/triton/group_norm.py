@@ -39,14 +39,17 @@ def refuses(call: GroupNormCall) -> str | None:
 
 
 def forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
-    x, statistics = call.x, call.statistics
+    """The output, and the statistics: those of the call, if it has some."""
+    x, of_maps = call.x, call.statistics
     output = torch.empty_like(x)
-    of_maps = new_statistics(call, len(_maps(call)))
     with on_device(x):
-        if statistics is None:
-            statistics = new_statistics(call, num_chunks(call))
-            statistics_launch(call, statistics).run()
-        forward_launch(call, statistics, output, of_maps).run()
+        if of_maps is None:
+            of_chunks = new_statistics(call, num_chunks(call))
+            of_maps = new_statistics(call, len(_maps(call)))
+            statistics_launch(call, of_chunks).run()
+            forward_launch(call, of_chunks, output, of_maps).run()
+        else:
+            forward_launch(call, of_maps, output, of_maps).run()
     return output, of_maps
 
 
@@ -65,20 +68,22 @@ def backward(call: GroupNormCall, grad_output: Tensor) -> list[Tensor]:
 def statistics_launch(call: GroupNormCall, statistics: Tensor) -> Launch:
     from .group_norm_kernels import statistics_kernel
 
-    return _launch(statistics_kernel, call, {"statistics": statistics})
+    return _launch(statistics_kernel, call, statistics=statistics)
 
 
 def forward_launch(
     call: GroupNormCall, statistics: Tensor, output: Tensor, of_maps: Tensor
 ) -> Launch:
-    """From statistics of chunks, if there are none in the call; writes ``of_maps`` as well."""
+    """From the call's statistics; if it has none, from those of chunks, and writes ``of_maps``."""
     from .group_norm_kernels import forward_kernel
 
     of_chunks = call.statistics is None
-    arguments = _parameters(call, statistics) | {"output": output, "statistics_of_map": of_maps}
     rows = most_chunks(call) if of_chunks else 1
-    constants = {"OF_CHUNKS": of_chunks, "CHUNKS_PAD": next_power_of_2(rows)}
-    return _launch(forward_kernel, call, arguments, **constants)
+    launch = _launch(
+        forward_kernel, call, statistics=statistics, output=output, statistics_of_map=of_maps
+    )
+    launch.constants.update(OF_CHUNKS=of_chunks, CHUNKS_PAD=next_power_of_2(rows))
+    return launch
 
 
 def gradient_sums_launch(
@@ -86,12 +91,8 @@ def gradient_sums_launch(
 ) -> Launch:
     from .group_norm_kernels import gradient_sums_kernel
 
-    arguments = _parameters(call, call.statistics) | {
-        "grad_output": grad_output,
-        "channel_sums": channel_sums,
-        "group_sums": group_sums,
-    }
-    return _launch(gradient_sums_kernel, call, arguments)
+    sums = {"channel_sums": channel_sums, "group_sums": group_sums}
+    return _launch(gradient_sums_kernel, call, grad_output=grad_output, **sums)
 
 
 def input_gradient_launch(
@@ -99,35 +100,30 @@ def input_gradient_launch(
 ) -> Launch:
     from .group_norm_kernels import input_gradient_kernel
 
-    arguments = _parameters(call, call.statistics) | {
-        "grad_output": grad_output,
-        "group_sums": group_sums,
-        "grad_input": grad_input,
-    }
-    chunks_pad = next_power_of_2(most_chunks(call))
-    return _launch(input_gradient_kernel, call, arguments, CHUNKS_PAD=chunks_pad)
+    tensors = {"group_sums": group_sums, "grad_input": grad_input}
+    launch = _launch(input_gradient_kernel, call, grad_output=grad_output, **tensors)
+    launch.constants["CHUNKS_PAD"] = next_power_of_2(most_chunks(call))
+    return launch
 
 
-def _parameters(call: GroupNormCall, statistics: Tensor | None) -> dict[str, Any]:
-    parameters = {"weight": call.weight, "bias": call.bias, "eps": call.eps}
-    return parameters | {"statistics": statistics}
-
-
-def _launch(
-    kernel: Any, call: GroupNormCall, arguments: dict[str, Any], **constants: int
-) -> Launch:
-    """With what all kernels take."""
+def _launch(kernel: Any, call: GroupNormCall, **tensors: Tensor) -> Launch:
+    """With these tensors, and with whatever any of the kernels takes."""
     n, channels, height, width = call.x.shape
     dim, maps = channels // call.num_groups, _maps(call)
-    arguments |= {
+    arguments = {
         "x": call.x,
+        "weight": call.weight,
+        "bias": call.bias,
+        "eps": call.eps,
+        "statistics": call.statistics,
         "levels": _level_table(maps, call.x.device),
         "all_positions": height * width,
         "positions": maps[0].positions,
         "tiles": maps[0].tiles,
         "chunks": maps[0].chunks,
+        **tensors,
     }
-    constants |= {
+    constants = {
         "LEVELS": len(maps),
         "GROUPS": call.num_groups,
         "DIM": dim,

@@ -3,31 +3,48 @@
 A program works on some tiles of one map, one after another. An image may have several maps, one
 behind the other, each with statistics of its own. In shapes P stands for the positions of a tile, G
 and D for GROUPS_PAD and DIM_PAD, the groups and their channels; K for CHUNKS_PAD, the programs of a
-map. A group's statistics are its mean and its sum of squared deviations: sums of
-squares would lose the variance of a map whose mean is large.
+map. A group's statistics are its mean and its sum of squared deviations: sums of squares would lose
+the variance of a map whose mean is large.
 """
 
 import triton
 import triton.language as tl
 
-from .kernels import convert
+from .kernels import convert, find_level
 
 
 @triton.jit
-def map_of(chunk, levels, positions, tiles, chunks, LEVELS: tl.constexpr):
-    """Which map of its image a program works on; the map's first program, its first position, its
-    number of positions, the tiles of each of its programs, and how many these are.
+def share_of_program(
+    levels,
+    all_positions,
+    positions,
+    tiles,
+    chunks,
+    LEVELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What a program works on.
 
-    ``levels`` has the latter five of each map, if there are several.
+    If there are several maps, ``levels`` has of each its first chunk, its first position, its
+    number of positions, the tiles of each of its chunks, and how many these are.
+
+    Returns:
+        The row of its map among all maps, and that of the map's first chunk among all chunks;
+        where the map begins; its positions, those of each of its chunks, and how many these are;
+        the first position of the program's own chunk.
     """
+    n, index = tl.program_id(1), tl.program_id(0)
     level, first_chunk, start = 0, 0, 0
     if LEVELS > 1:
-        for i in tl.static_range(1, LEVELS):
-            level += (chunk >= tl.load(levels + 5 * i)).to(tl.int32)
+        level = find_level(index, levels, 5, LEVELS)
         levels += 5 * level
         first_chunk, start = tl.load(levels), tl.load(levels + 1)
         positions, tiles, chunks = tl.load(levels + 2), tl.load(levels + 3), tl.load(levels + 4)
-    return level, first_chunk, start, positions, tiles, chunks
+    map_row, chunk_row = n * LEVELS + level, n * tl.num_programs(0) + first_chunk
+    base = (n.to(tl.int64) * all_positions + start) * CHANNELS
+    of_chunk = tiles * BLOCK
+    return map_row, chunk_row, base, positions, of_chunk, chunks, (index - first_chunk) * of_chunk
 
 
 @triton.jit
@@ -45,6 +62,13 @@ def tile_at(
     channel, channel_mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     offsets = (position * (GROUPS * DIM))[:, None, None] + channel[None]
     return offsets, (position < positions)[:, None, None] & channel_mask[None]
+
+
+@triton.jit
+def load_normed(pointers, mask, mean, scale):
+    """(P, G, D) in float32."""
+    values = tl.load(pointers, mask, 0.0).to(tl.float32)
+    return (values - mean[None, :, None]) * scale[None, :, None]
 
 
 @triton.jit
@@ -121,19 +145,15 @@ def statistics_kernel(
     DIM_PAD: tl.constexpr,
 ):
     """Statistics of the groups over the tiles of a program."""
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    _, first_chunk, start, positions, tiles, _ = map_of(
-        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    _, _, base, positions, of_chunk, _, first = share_of_program(
+        levels, all_positions, positions, tiles, chunks, LEVELS, GROUPS * DIM, BLOCK
     )
-    chunk = tl.program_id(0) - first_chunk
-    x += (tl.program_id(1).to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     total = tl.zeros([1], tl.float32)
     mean = tl.zeros([GROUPS_PAD], tl.float32)
     deviation = tl.zeros([GROUPS_PAD], tl.float32)
-    first = chunk * tiles * BLOCK
-    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+    for top in range(first, tl.minimum(first + of_chunk, positions), BLOCK):
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
-        values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+        values = tl.load(x + base + offsets, mask, 0.0).to(tl.float32)
         count = (tl.minimum(positions - top, BLOCK) * DIM).to(tl.float32)
         tile_mean = tl.sum(tl.sum(values, 2), 0) / count
         centred = tl.where(mask, values - tile_mean[None, :, None], 0.0)
@@ -144,6 +164,7 @@ def statistics_kernel(
         deviation += tile_deviation + between * between * (share * total)
         total += count
     group = tl.arange(0, GROUPS_PAD)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     pointers = statistics + program * (2 * GROUPS) + group
     tl.store(pointers, mean, group < GROUPS)
     tl.store(pointers + GROUPS, deviation, group < GROUPS)
@@ -173,34 +194,29 @@ def forward_kernel(
     CHUNKS_PAD: tl.constexpr,
 ):
     """The output of the tiles of a program, from the statistics of its map or of all its chunks."""
-    n = tl.program_id(1)
-    level, first_chunk, start, positions, tiles, chunks = map_of(
-        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    map_row, chunk_row, base, positions, of_chunk, chunks, first = share_of_program(
+        levels, all_positions, positions, tiles, chunks, LEVELS, GROUPS * DIM, BLOCK
     )
-    chunk = tl.program_id(0) - first_chunk
     if OF_CHUNKS:
-        rows, positions_of_row = n * tl.num_programs(0) + first_chunk, tiles * BLOCK
+        rows, positions_of_row = chunk_row, of_chunk
     else:
-        rows, positions_of_row, chunks = n * LEVELS + level, positions, 1
+        rows, positions_of_row, chunks = map_row, positions, 1
     mean, deviation, scale = load_statistics(
         statistics, rows, chunks, positions_of_row, positions, eps,
         GROUPS, DIM, GROUPS_PAD, CHUNKS_PAD,
     )  # fmt: skip
-    if chunk == 0:
+    if OF_CHUNKS and first == 0:
         group = tl.arange(0, GROUPS_PAD)
-        pointers = statistics_of_map + (n * LEVELS + level) * (2 * GROUPS) + group
+        pointers = statistics_of_map + map_row * (2 * GROUPS) + group
         tl.store(pointers, mean, group < GROUPS)
         tl.store(pointers + GROUPS, deviation, group < GROUPS)
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
-    first = chunk * tiles * BLOCK
-    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+    for top in range(first, tl.minimum(first + of_chunk, positions), BLOCK):
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
-        values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
-        normed = (values - mean[None, :, None]) * scale[None, :, None]
+        normed = load_normed(x + base + offsets, mask, mean, scale)
         result = normed * w + b
         result = tl.where(result <= 0.0, 0.0, result)  # NaN stays NaN
-        tl.store(output + image + offsets, convert(result, output.dtype.element_ty), mask)
+        tl.store(output + base + offsets, convert(result, output.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["all_positions", "positions", "tiles", "chunks"])
@@ -227,28 +243,23 @@ def gradient_sums_kernel(
 ):
     """Of the gradient of what ReLU is given, and of its product with the normalised input: the sums
     over the tiles of a program, by channel; weighted and summed up by group as well."""
-    n = tl.program_id(1)
-    level, first_chunk, start, positions, tiles, chunks = map_of(
-        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    map_row, _, base, positions, of_chunk, _, first = share_of_program(
+        levels, all_positions, positions, tiles, chunks, LEVELS, GROUPS * DIM, BLOCK
     )
-    chunk = tl.program_id(0) - first_chunk
     mean, _, scale = load_statistics(
-        statistics, n * LEVELS + level, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
+        statistics, map_row, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
     )
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
     of_bias = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
     of_weight = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
-    first = chunk * tiles * BLOCK
-    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+    for top in range(first, tl.minimum(first + of_chunk, positions), BLOCK):
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
-        values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
-        grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
-        normed = (values - mean[None, :, None]) * scale[None, :, None]
+        normed = load_normed(x + base + offsets, mask, mean, scale)
+        grad = tl.load(grad_output + base + offsets, mask, 0.0).to(tl.float32)
         grad = tl.where(normed * w + b <= 0.0, 0.0, grad)
         of_bias += tl.sum(grad, 0)
         of_weight += tl.sum(grad * normed, 0)
-    program = n * tl.num_programs(0) + tl.program_id(0)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     channel, mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     pointers = channel_sums + program * (2 * GROUPS * DIM) + channel
     tl.store(pointers, of_weight, mask)
@@ -283,31 +294,25 @@ def input_gradient_kernel(
     DIM_PAD: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
 ):
-    """The input's gradient at the tiles of a program, from the sums of all chunks of the image."""
-    n = tl.program_id(1)
-    level, first_chunk, start, positions, tiles, chunks = map_of(
-        tl.program_id(0), levels, positions, tiles, chunks, LEVELS
+    """The input's gradient at the tiles of a program, from the sums of all chunks of its map."""
+    map_row, chunk_row, base, positions, of_chunk, chunks, first = share_of_program(
+        levels, all_positions, positions, tiles, chunks, LEVELS, GROUPS * DIM, BLOCK
     )
-    chunk = tl.program_id(0) - first_chunk
     mean, _, scale = load_statistics(
-        statistics, n * LEVELS + level, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
+        statistics, map_row, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
     )
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     other, group = tl.arange(0, CHUNKS_PAD)[:, None], tl.arange(0, GROUPS_PAD)[None]
     sums_mask = (other < chunks) & (group < GROUPS)
-    rows = n * tl.num_programs(0) + first_chunk + other
-    pointers = group_sums + rows * (2 * GROUPS) + group
+    pointers = group_sums + (chunk_row + other) * (2 * GROUPS) + group
     count = (positions * DIM).to(tl.float32)
     along = tl.sum(tl.load(pointers, sums_mask, 0.0), 0) / count
     average = tl.sum(tl.load(pointers + GROUPS, sums_mask, 0.0), 0) / count
-    image = (n.to(tl.int64) * all_positions + start) * (GROUPS * DIM)
-    first = chunk * tiles * BLOCK
-    for top in range(first, tl.minimum(first + tiles * BLOCK, positions), BLOCK):
+    for top in range(first, tl.minimum(first + of_chunk, positions), BLOCK):
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
-        values = tl.load(x + image + offsets, mask, 0.0).to(tl.float32)
-        grad = tl.load(grad_output + image + offsets, mask, 0.0).to(tl.float32)
-        normed = (values - mean[None, :, None]) * scale[None, :, None]
+        normed = load_normed(x + base + offsets, mask, mean, scale)
+        grad = tl.load(grad_output + base + offsets, mask, 0.0).to(tl.float32)
         grad = tl.where(normed * w + b <= 0.0, 0.0, grad * w)
         grad -= average[None, :, None] + normed * along[None, :, None]
         result = grad * scale[None, :, None]
-        tl.store(grad_input + image + offsets, convert(result, grad_input.dtype.element_ty), mask)
+        tl.store(grad_input + base + offsets, convert(result, grad_input.dtype.element_ty), mask)

@@ -42,6 +42,15 @@ def log2(x):
 
 
 @triton.jit
+def find_level(index, levels, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
+    """The last of these rows whose first number is not beyond the index."""
+    level = 0
+    for i in tl.static_range(1, LEVELS):
+        level += (index >= tl.load(levels + COLUMNS * i)).to(tl.int32)
+    return level
+
+
+@triton.jit
 def level_of(index, levels, height, width, LEVELS: tl.constexpr):
     """Where a tile lies: its index within its map, the map's first position, height and width.
 
@@ -50,10 +59,7 @@ def level_of(index, levels, height, width, LEVELS: tl.constexpr):
     """
     start = 0
     if LEVELS > 1:
-        level = 0
-        for i in tl.static_range(1, LEVELS):
-            level += (index >= tl.load(levels + 4 * i)).to(tl.int32)
-        levels += 4 * level
+        levels += 4 * find_level(index, levels, 4, LEVELS)
         index -= tl.load(levels)
         start, height, width = tl.load(levels + 1), tl.load(levels + 2), tl.load(levels + 3)
     return index, start, height, width

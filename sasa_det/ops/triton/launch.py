@@ -68,7 +68,7 @@ class Launch(NamedTuple):
         kernel: the function that ``triton.jit`` made.
         grid (tuple[int, ...]): number of programs.
         arguments (dict): tensors, numbers and tuples of them.
-        constants (dict): what it is compiled for.
+        constants (dict): what it is compiled for. In both there may be more than it takes.
         options (dict): num_warps, num_stages and what else Triton's compiler is told.
     """
 
