@@ -9,13 +9,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import _has_any_global_hook
 
 from sasa_det.ops import (
+    NormedLayer,
     group_norm_relu,
     local_attention,
     local_attention_weights,
     normed_attention,
     projected_attention,
 )
-from sasa_det.ops.calls import Levels
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.projected import add_and_scale
 
@@ -155,34 +155,33 @@ class PreActivationSelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
             return add_attention(x, self.attention, F.relu(self.norm(x)))
-        fused = self.fused(x)
+        parts = self.parts()
+        fused = None if parts is None else normed_attention(x, [parts])
         if fused is not None:
             return fused
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return add_attention(x, self.attention, F.relu_(self.norm(x)))
         return self._norm_computed_again(x)
 
-    def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
-        """See :func:`sasa_det.ops.normed_attention`; None as well where a module is replaced."""
+    def parts(self) -> NormedLayer | None:
+        """What it computes with; None where a module is replaced."""
         norm, attention = self.norm, self.attention
         if not is_plain(norm, nn.GroupNorm) or not is_plain(attention, LocalSelfAttention2d):
             return None
         projection = attention.projection
         if attention.position == "absolute" or not is_plain(projection, nn.Conv2d):
             return None
-        return normed_attention(
-            x,
-            norm.num_groups,
+        return NormedLayer(
             norm.weight,
             norm.bias,
-            norm.eps,
             projection.weight,
             projection.bias,
             attention.rel_rows,
             attention.rel_cols,
+            num_groups=norm.num_groups,
+            eps=norm.eps,
             num_heads=attention.num_heads,
             kernel_size=attention.kernel_size,
-            levels=levels,
         )
 
     def _norm_computed_again(self, x: Tensor) -> Tensor:
@@ -221,16 +220,32 @@ class NormReLU(nn.Sequential):
         super().__init__(norm, nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = self.fused(x)
-        return F.relu_(self[0](x)) if fused is None else fused
+        norm, fused = self[0], None
+        if is_plain(norm, nn.GroupNorm):
+            fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.relu_(norm(x)) if fused is None else fused
 
-    def fused(self, x: Tensor, levels: Levels | None = None) -> Tensor | None:
-        """See :func:`sasa_det.ops.group_norm_relu`; None as well where a module is replaced."""
+    def parts(self, projection: nn.Module) -> NormedLayer | None:
+        """What it computes with, and the 1x1 convolution behind it; None where that is another one
+        or a module is replaced."""
         norm = self[0]
-        if not is_plain(norm, nn.GroupNorm):
+        if not is_plain(norm, nn.GroupNorm) or not is_plain(projection, nn.Conv2d):
             return None
-        parameters = (norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return group_norm_relu(x, *parameters, levels=levels)
+        shape = (projection.kernel_size, projection.stride, projection.padding, projection.groups)
+        if shape != ((1, 1), (1, 1), (0, 0), 1):
+            return None
+        return NormedLayer(
+            norm.weight,
+            norm.bias,
+            projection.weight,
+            projection.bias,
+            rel_rows=None,
+            rel_cols=None,
+            num_groups=norm.num_groups,
+            eps=norm.eps,
+            num_heads=None,
+            kernel_size=1,
+        )
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from sasa_det.config import check_sasa_config
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
-from sasa_det.layers.local_attention import NormReLU, has_hooks, is_plain
-from sasa_det.ops import can_pack_levels, pack_levels, unpack_levels
-from sasa_det.ops.calls import Levels
+from sasa_det.layers.local_attention import NormReLU, has_hooks
+from sasa_det.ops import (
+    NormedLayer,
+    can_pack_levels,
+    normed_attention,
+    pack_levels,
+    unpack_levels,
+)
 from sasa_det.ops.functional import shared_casts
 
 from .norm import attention_norm
@@ -192,13 +197,14 @@ class AttentionRetinaNetHead(RetinaNetHead):
             return None
         if any(has_hooks(module) for module in self.modules()):  # for each level, they count on
             return None
+        subnets = (
+            _parts(self.cls_subnet, self.cls_score),
+            _parts(self.bbox_subnet, self.bbox_pred),
+        )
         packed, levels = pack_levels(features)
         outputs = []
-        for subnet, predictor in (
-            (self.cls_subnet, self.cls_score),
-            (self.bbox_subnet, self.bbox_pred),
-        ):
-            output = _predict_at_once(subnet, predictor, packed, levels)
+        for parts in subnets:
+            output = None if parts is None else normed_attention(packed, parts, levels)
             if output is None:
                 return None
             outputs.append(unpack_levels(output, levels))
@@ -215,20 +221,13 @@ class AttentionRetinaNetHead(RetinaNetHead):
         }
 
 
-def _predict_at_once(
-    subnet: nn.Module, predictor: nn.Module, packed: Tensor, levels: Levels
-) -> Tensor | None:
-    """None where another module was put in the place of one of ours."""
+def _parts(subnet: nn.Module, predictor: nn.Module) -> list[NormedLayer] | None:
+    """What all layers compute with; None where another module was put in the place of one."""
     if type(subnet) is not nn.Sequential or type(predictor) is not nn.Sequential:
         return None
-    *layers, projection = (*subnet, *predictor)
-    if not is_plain(projection, nn.Conv2d) or projection.kernel_size != (1, 1):
-        return None
-    if projection.stride != (1, 1) or projection.padding != (0, 0):
-        return None
-    x: Tensor | None = packed
-    for layer in layers:
-        if x is None or type(layer) not in (PreActivationSelfAttention2d, NormReLU):
-            return None
-        x = layer.fused(x, levels)  # type: ignore[operator]
-    return None if x is None else projection(x)
+    *layers, activation, projection = (*subnet, *predictor)
+    found = [x.parts() for x in layers if type(x) is PreActivationSelfAttention2d]
+    if type(activation) is NormReLU:
+        found.append(activation.parts(projection))
+    parts = [layer for layer in found if layer is not None]
+    return parts if len(parts) == len(layers) + 1 else None

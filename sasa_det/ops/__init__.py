@@ -9,11 +9,12 @@ from .functional import (
     stem_attention_weights,
 )
 from .group_norm import group_norm_relu
-from .normed import can_pack_levels, normed_attention, pack_levels, unpack_levels
+from .normed import NormedLayer, can_pack_levels, normed_attention, pack_levels, unpack_levels
 from .projected import projected_attention
 from .residual import residual_projection
 
 __all__ = [
+    "NormedLayer",
     "available_backends",
     "can_pack_levels",
     "group_norm_relu",

@@ -1,7 +1,8 @@
-"""The whole of a head's attention layer as one step, for one map or for all levels of an FPN."""
+"""Attention layers of a head as one step, for one map or for all levels of an FPN."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,106 +18,178 @@ from .projected import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
 
-class NormedAttention(torch.autograd.Function):
-    """x + attention(relu(group_norm(x))), by kernels only.
+class NormedLayer(NamedTuple):
+    """What a layer of a head computes with: x + attention(projection(relu(group_norm(x)))).
 
-    What the backward needs of the normed map is computed again, by the same kernels whatever
-    backend was asked for in between. torch has one node to build and to run instead of five.
+    Its tensors are scale and shift of the norm, weight and bias of the projection, and the
+    embeddings. A predictor, which may be the last, has no heads; it is the projection alone.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        num_groups: int,
-        eps: float,
-        levels: Levels | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        rel_rows: Tensor | None,
-        rel_cols: Tensor | None,
-        num_heads: int,
-        kernel_size: int,
-    ) -> Tensor:
-        norm_call = GroupNormCall(x, norm_weight, norm_bias, None, num_groups, eps, levels)
-        normed, statistics = group_norm.forward(norm_call)
-        # Under autocast the map may be wider than the weights.
-        query, key, value = project(normed.to(weight.dtype), weight, bias)
-        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size, levels)
-        output, logsumexp = attention.forward(call)
-        of_norm = (x, norm_weight, norm_bias, statistics)
-        ctx.save_for_backward(*of_norm, weight, bias, rel_rows, rel_cols, logsumexp, output)
-        ctx.options = (num_groups, eps, levels, num_heads, kernel_size)
-        return x + output
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    rel_rows: Tensor | None
+    rel_cols: Tensor | None
+    num_groups: int
+    eps: float
+    num_heads: int | None
+    kernel_size: int
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, statistics, *saved = ctx.saved_tensors
-        weight, bias, rel_rows, rel_cols, logsumexp, output = saved
-        num_groups, eps, levels, num_heads, kernel_size = ctx.options
-        norm_call = GroupNormCall(x, norm_weight, norm_bias, statistics, num_groups, eps, levels)
-        normed = group_norm.forward(norm_call)[0].to(weight.dtype)
-        query, key, value = project(normed, weight, bias)
-        call = AttentionCall(query, key, value, rel_rows, rel_cols, num_heads, kernel_size, levels)
-        grad_maps, *of_embeddings = attention.backward(
-            call, grad_output.to(output.dtype), output, logsumexp
-        )
-        needed = [True, *ctx.needs_input_grad[6:8]]
-        grad_normed, *of_projection = projection_gradients(grad_maps, normed, weight, needed)
-        assert grad_normed is not None
-        grad_input, of_norm = group_norm.backward(norm_call, grad_normed.to(x.dtype))
-        grad_input += grad_output
-        of_scale, of_shift = of_norm.to(norm_weight.dtype).unbind()
-        grads = (grad_input, of_scale, of_shift, None, None, None, *of_projection)
-        return *grads, *(of_embeddings or (None, None)), None, None
+    def with_casts(self) -> "NormedLayer":
+        """As autocast wants its tensors."""
+        weight, bias = cast_for_autocast(self.weight, self.bias)
+        rel_rows, rel_cols = cast_embeddings(weight, self.rel_rows, self.rel_cols)
+        return self._replace(weight=weight, bias=bias, rel_rows=rel_rows, rel_cols=rel_cols)
+
+    def serves(self, x: Tensor, levels: Levels | None) -> bool:
+        norm = (self.num_groups, self.norm_weight, self.norm_bias, self.eps)
+        if served_call(x, *norm, levels) is None:
+            return False
+        # Only autocast has weights of another dtype; without it torch is to say so.
+        if x.dtype != self.weight.dtype and not autocast_is_on(x.device.type):
+            return False
+        if self.num_heads is None:
+            return True
+        if self.weight.shape[0] != 3 * x.shape[1]:
+            return False
+        call = self.attention((x, x, x), levels)  # queries, keys and values will be like x
+        check_attention(call)  # here, because kernels trust it
+        return attention.refuses(call) is None
+
+    def normed(
+        self, x: Tensor, levels: Levels | None, statistics: Tensor | None
+    ) -> tuple[Tensor, GroupNormCall]:
+        """The normed map, and the norm's call with its statistics."""
+        assert self.norm_weight is not None
+        assert self.norm_bias is not None
+        norm = (self.norm_weight, self.norm_bias, statistics, self.num_groups, self.eps)
+        call = GroupNormCall(x, *norm, levels)
+        normed, statistics = group_norm.forward(call)
+        # Under autocast the map may be wider than the weights.
+        return normed.to(self.weight.dtype), call._replace(statistics=statistics)
+
+    def attention(self, maps: Iterable[Tensor], levels: Levels | None) -> AttentionCall:
+        """Of queries, keys and values."""
+        assert self.num_heads is not None
+        query, key, value = maps
+        options = (self.num_heads, self.kernel_size, levels)
+        return AttentionCall(query, key, value, self.rel_rows, self.rel_cols, *options)
 
 
 def normed_attention(
-    x: Tensor,
-    num_groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    rel_rows: Tensor | None,
-    rel_cols: Tensor | None,
-    *,
-    num_heads: int,
-    kernel_size: int,
-    levels: Levels | None = None,
+    x: Tensor, layers: Sequence[NormedLayer], levels: Levels | None = None
 ) -> Tensor | None:
-    """x + projected_attention(relu(group_norm(x))), where :func:`group_norm_relu` has a kernel.
+    """x + projected_attention(relu(group_norm(x))), layer upon layer, and perhaps a predictor.
+
+    For the backward ``x`` is kept, and what each attention made of its own input; the inputs are
+    added up again, which spares a map a layer.
 
     Args:
-        x (Tensor[N, C, H, W]): what is normalised, and what is added.
-        num_groups, norm_weight, norm_bias, eps: as in :func:`group_norm_relu`.
-        weight, bias, rel_rows, rel_cols, num_heads, kernel_size: as in
-            :func:`projected_attention`, to C channels again.
+        x (Tensor[N, C, H, W]): what the first layer normalises, and adds to.
+        layers (list[NormedLayer]): in their order.
         levels (tuple[tuple[int, int], ...] or None): heights and widths of the maps that ``x``
             holds, packed by :func:`pack_levels`; statistics and windows stay within each.
 
     Returns:
         Tensor or None: None if there are no kernels for it, or if somebody wants to see operators.
     """
-    call = served_call(x, num_groups, norm_weight, norm_bias, eps, levels)
-    if call is None:
+    layers = [layer.with_casts() for layer in layers]
+    if not all(layer.serves(x, levels) for layer in layers):
         return None
-    weight, bias = cast_for_autocast(weight, bias)
-    rel_rows, rel_cols = cast_embeddings(weight, rel_rows, rel_cols)
-    # Queries, keys and values will be like x.
-    attention_call = AttentionCall(x, x, x, rel_rows, rel_cols, num_heads, kernel_size, levels)
-    check_attention(attention_call)  # here, because kernels trust it
-    # Only autocast has weights of another dtype; without it torch is to say so.
-    mixed = x.dtype != weight.dtype and not autocast_is_on(x.device.type)
-    if mixed or attention.refuses(attention_call) is not None:
-        return None
-    norm = (call.x, call.weight, call.bias, num_groups, eps, levels)
-    arguments = (*norm, weight, bias, rel_rows, rel_cols, num_heads, kernel_size)
-    return NormedAttention.apply(*arguments)
+    if not torch.is_grad_enabled():
+        for layer in layers:
+            x, *_ = _forward(layer, x, levels)
+        return x
+    tensors = [tensor for layer in layers for tensor in layer[:_TENSORS]]
+    return _NormedAttention.apply(x, levels, [layer[_TENSORS:] for layer in layers], *tensors)
+
+
+_TENSORS = 6  # of a layer, in front of its numbers
+
+
+class _NormedAttention(torch.autograd.Function):
+    """Kernels compute all of it, in the backward too, whatever backend was asked for in between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, levels: Levels | None, options: Sequence[tuple], *tensors: Any
+    ) -> Tensor:
+        ctx.levels, ctx.options = levels, options
+        kept: list[Tensor] = []
+        result = x
+        for layer in _layers(tensors, options):
+            result, *of_layer = _forward(layer, result, levels)
+            kept += of_layer
+        ctx.save_for_backward(*tensors, x, *kept)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = _TENSORS * len(ctx.options)
+        tensors, (x, *kept) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        layers = _layers(tensors, ctx.options)
+        # As the forward added them up, to the last bit.
+        outputs = kept[2::3]
+        inputs = list(accumulate([x, *outputs[: len(layers) - 1]], torch.add))
+        grads: list[Tensor | None] = []
+        for index, layer in reversed(list(enumerate(layers))):
+            first = _TENSORS * index
+            of_weights = ctx.needs_input_grad[3 + first + 2 : 3 + first + 4]
+            of_layer = kept[3 * index : 3 * index + 3]
+            grad, *of_tensors = _backward(
+                layer, inputs.pop(), of_layer, grad, ctx.levels, of_weights
+            )
+            grads = of_tensors + grads
+        return grad, None, None, *grads
+
+
+def _forward(layer: NormedLayer, x: Tensor, levels: Levels | None) -> tuple[Tensor, ...]:
+    """The result; of the norm the statistics, of the attention log-sum-exp and output."""
+    normed, norm = layer.normed(x, levels, None)
+    projected = project(normed, layer.weight, layer.bias)
+    assert norm.statistics is not None
+    if layer.num_heads is None:
+        return projected, norm.statistics
+    output, logsumexp = attention.forward(layer.attention(projected.chunk(3, dim=1), levels))
+    return x + output, norm.statistics, logsumexp, output
+
+
+def _backward(
+    layer: NormedLayer,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    grad: Tensor,
+    levels: Levels | None,
+    needed: Sequence[bool],
+) -> tuple[Any, ...]:
+    """Gradients of x and of the layer's tensors; of weight and bias where they are needed."""
+    statistics, *of_attention = kept
+    normed, norm = layer.normed(x, levels, statistics)
+    of_projection, of_embeddings = grad, []
+    if layer.num_heads is not None:
+        logsumexp, output = of_attention
+        maps = project(normed, layer.weight, layer.bias).chunk(3, dim=1)
+        call = layer.attention(maps, levels)
+        of_projection, *of_embeddings = attention.backward(
+            call, grad.to(output.dtype), output, logsumexp
+        )
+    grad_normed, *of_weights = projection_gradients(
+        of_projection, normed, layer.weight, [True, *needed]
+    )
+    assert grad_normed is not None
+    grad_input, of_norm = group_norm.backward(norm, grad_normed.to(x.dtype))
+    if layer.num_heads is not None:
+        grad_input += grad
+    of_norm = of_norm.to(norm.weight.dtype)
+    return grad_input, *of_norm.unbind(), *of_weights, *(of_embeddings or (None, None))
+
+
+def _layers(tensors: Sequence[Any], options: Sequence[tuple]) -> list[NormedLayer]:
+    """From the tensors of all, one behind the other, and the numbers of each."""
+    starts = range(0, len(tensors), _TENSORS)
+    return [NormedLayer(*tensors[i : i + _TENSORS], *rest) for i, rest in zip(starts, options)]
 
 
 def can_pack_levels(x: Tensor) -> bool:

@@ -109,15 +109,15 @@ def _unfused_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
-    return local_attention_op(*project(x, weight, bias), *arguments)
+    return local_attention_op(*project(x, weight, bias).chunk(3, dim=1), *arguments)
 
 
 @without_autocast
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values."""
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Queries, keys and values in one map."""
     if x.is_cuda:  # as the kernels want them; it costs less to copy x than the three
         x = x.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, bias).chunk(3, dim=1)
+    return F.conv2d(x, weight, bias)
 
 
 def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
@@ -201,7 +201,7 @@ def _unfused_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``tensors``: x, weight and bias, as far as needed, and the embeddings."""
     x, weight, bias, *embeddings = tensors
-    maps = project(x, weight, bias)
+    maps = project(x, weight, bias).chunk(3, dim=1)
     grad_maps, *grads = local_attention_backward_op(
         grad_output, output, logsumexp, *maps, *embeddings, num_heads, kernel_size
     )
