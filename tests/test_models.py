@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 # isort: split
 from conftest import CONFIGS, ROOT
@@ -20,6 +22,7 @@ from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.modeling import (
     AttentionBottleneckBlock,
     AttentionStem,
+    blocks,
     fold_batch_norm,
     make_sasa_resnet,
 )
@@ -286,6 +289,35 @@ def test_a_bottleneck_in_training_normalises_by_its_input_also_without_gradients
     with torch.no_grad():
         torch.testing.assert_close(block(x), wanted)
     assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, means))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_bottleneck_adds_up_again_what_its_attention_keeps_anyway(
+    stride, checkpointed, monkeypatch
+):
+    options = {"bottleneck_channels": 32, "stride": stride, "num_heads": 4}
+    block = AttentionBottleneckBlock(16, 64, **options).double()
+    draw_norms(block)
+    sums = []
+    watch = block.attention_norm.register_forward_pre_hook(
+        lambda norm, inputs: sums.append(StorageWeakRef(inputs[0].untyped_storage()))
+    )
+    x = torch.randn(2, 16, 9, 13, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    results = []
+    for attention_keeps_its_output in (True, False):  # as on CUDA, and on the CPU
+        monkeypatch.setattr(blocks, "keeps_output", lambda x: attention_keeps_its_output)  # noqa: B023
+        output = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        # With a stride it is the pooled sum that the norm keeps.
+        assert sums[-1].expired() == (checkpointed or (attention_keeps_its_output and stride == 1))
+        # Two backwards: what was computed for one must not run out in the other.
+        for _ in range(2):
+            grads = torch.autograd.grad(output.square().sum(), leaves, retain_graph=True)
+        results.append([output, *grads])
+    watch.remove()
+    for actual, wanted in zip(*results):
+        torch.testing.assert_close(actual, wanted)
 
 
 def test_a_bottleneck_in_half_precision_keeps_norms_in_float32():

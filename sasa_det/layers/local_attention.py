@@ -5,7 +5,6 @@ from typing import TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import _has_any_global_hook
 
 from sasa_det.ops import (
@@ -18,6 +17,8 @@ from sasa_det.ops import (
 )
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.projected import add_and_scale
+
+from .kept import computed_again
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -188,25 +189,7 @@ class PreActivationSelfAttention2d(nn.Module):
         """A group norm costs less to compute again than its output takes memory until then."""
         normed = self.norm(x)
         kept = x.detach()  # which the norm keeps anyway
-        # Not the tensor, which the closure would keep alive.
-        address, shape = normed.data_ptr(), normed.shape
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        again: list[Tensor] = []  # computed for the attention's backward, then for the ReLU's
-
-        def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.data_ptr() == address and saved.shape == shape else saved
-
-        def unpack(packed: Tensor | None) -> Tensor:
-            if packed is not None:
-                return packed
-            if again:
-                return again.pop()
-            with torch.no_grad(), torch.autocast(device, autocast[1], enabled=autocast[0]):
-                again.append(F.relu_(self.norm(kept)))
-            return again[0]
-
-        with saved_tensors_hooks(pack, unpack):
+        with computed_again(normed, lambda: F.relu_(self.norm(kept))):
             return add_attention(x, self.attention, F.relu_(normed))
 
 

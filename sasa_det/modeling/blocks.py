@@ -3,13 +3,17 @@
 import math
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d, StemSelfAttention2d
+from sasa_det.layers.kept import computed_again
 from sasa_det.layers.local_attention import add_attention, has_hooks, is_plain
 from sasa_det.ops import residual_projection
+from sasa_det.ops.operator import makes_a_program
+from sasa_det.ops.projected import keeps_output
 
 from .norm import (
     batch_norm_of_maximum,
@@ -134,7 +138,17 @@ class AttentionBottleneckBlock(CNNBlockBase):
         if is_plain(attention, LocalSelfAttention2d) and folds(self.attention_norm, x):
             # Pooling averages, so a scale and a shift are the same before it and behind it.
             return self._pool(attention.add_to(residual, x, *scale_and_shift(self.attention_norm)))
-        return self.attention_norm(self._pool(add_attention(residual, attention, x)))
+        if residual is None or not self._keeps_output(x):
+            return self.attention_norm(self._pool(add_attention(residual, attention, x)))
+        attended = add_attention(None, attention, x)
+        total = x + attended
+        x, attended = x.detach(), attended.detach()  # which the attention keeps anyway
+        with computed_again(total, lambda: x + attended):
+            return self.attention_norm(self._pool(total))
+
+    def _keeps_output(self, x: Tensor) -> bool:
+        """Whether the attention keeps what it makes of ``x`` for a backward."""
+        return torch.is_grad_enabled() and keeps_output(x) and not makes_a_program()
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:

@@ -80,6 +80,12 @@ def add_and_scale(
     return torch.addcmul(shift[:, None, None], output, scale[:, None, None])
 
 
+def keeps_output(x: Tensor) -> bool:
+    """Whether the backward of attention on the device of ``x`` is to have the output."""
+    # On the CPU the native backward does without it; eager computes it anew.
+    return x.is_cuda
+
+
 def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) -> Tensor:
     """A convolution, and ``local_attention``."""
     # A trace or an exported program is to show the two operators, not what is made of them here.
@@ -146,9 +152,7 @@ class _ProjectedAttention(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         output, logsumexp = _unfused_forward(*arguments)
         *tensors, ctx.num_heads, ctx.kernel_size = arguments
-        # On the CPU the native backward does without the output; eager computes it anew.
-        kept_output = output if output.is_cuda else None
-        ctx.save_for_backward(*tensors, logsumexp, kept_output)
+        ctx.save_for_backward(*tensors, logsumexp, output if keeps_output(output) else None)
         return output
 
     @staticmethod
