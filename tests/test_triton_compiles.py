@@ -135,7 +135,8 @@ def group_norm_launches(dtype, channels, groups, levels):
         group_norm.forward_launch(call, chunks, x, of_maps),
         group_norm.forward_launch(known, of_maps, x, of_maps),
         group_norm.gradient_sums_launch(known, x, chunks, chunks),
-        group_norm.input_gradient_launch(known, x, chunks, x),
+        group_norm.input_gradient_launch(known, x, chunks, None, x),
+        group_norm.input_gradient_launch(known, x, chunks, x, x),
     ]
 
 

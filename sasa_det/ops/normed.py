@@ -179,9 +179,8 @@ def _backward(
         of_projection, normed, layer.weight, [True, *needed]
     )
     assert grad_normed is not None
-    grad_input, of_norm = group_norm.backward(norm, grad_normed.to(x.dtype))
-    if layer.num_heads is not None:
-        grad_input += grad
+    grad_residual = None if layer.num_heads is None else grad
+    grad_input, of_norm = group_norm.backward(norm, grad_normed.to(x.dtype), grad_residual)
     of_norm = of_norm.to(norm.weight.dtype)
     return grad_input, *of_norm.unbind(), *of_weights, *(of_embeddings or (None, None))
 

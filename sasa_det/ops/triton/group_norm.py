@@ -53,15 +53,23 @@ def forward(call: GroupNormCall) -> tuple[Tensor, Tensor]:
     return output, of_maps
 
 
-def backward(call: GroupNormCall, grad_output: Tensor) -> list[Tensor]:
+def backward(
+    call: GroupNormCall, grad_output: Tensor, grad_residual: Tensor | None = None
+) -> list[Tensor]:
+    """The gradient of x, and those of weight and bias in one tensor, in float32.
+
+    ``grad_residual`` is added to the first: what else x has a gradient from.
+    """
     x, chunks = call.x, num_chunks(call)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+    if grad_residual is not None:
+        grad_residual = grad_residual.contiguous(memory_format=torch.channels_last)
     grad_input = torch.empty_like(x)
     of_channels = x.new_empty(x.shape[0], chunks, 2, x.shape[1], dtype=torch.float32)
     of_groups = new_statistics(call, chunks)
     with on_device(x):
         gradient_sums_launch(call, grad_output, of_channels, of_groups).run()
-        input_gradient_launch(call, grad_output, of_groups, grad_input).run()
+        input_gradient_launch(call, grad_output, of_groups, grad_residual, grad_input).run()
     return [grad_input, of_channels.sum(dim=(0, 1))]
 
 
@@ -96,17 +104,21 @@ def gradient_sums_launch(
 
 
 def input_gradient_launch(
-    call: GroupNormCall, grad_output: Tensor, group_sums: Tensor, grad_input: Tensor
+    call: GroupNormCall,
+    grad_output: Tensor,
+    group_sums: Tensor,
+    grad_residual: Tensor | None,
+    grad_input: Tensor,
 ) -> Launch:
     from .group_norm_kernels import input_gradient_kernel
 
-    tensors = {"group_sums": group_sums, "grad_input": grad_input}
-    launch = _launch(input_gradient_kernel, call, grad_output=grad_output, **tensors)
+    tensors = {"grad_output": grad_output, "group_sums": group_sums, "grad_input": grad_input}
+    launch = _launch(input_gradient_kernel, call, grad_residual=grad_residual, **tensors)
     launch.constants["CHUNKS_PAD"] = next_power_of_2(most_chunks(call))
     return launch
 
 
-def _launch(kernel: Any, call: GroupNormCall, **tensors: Tensor) -> Launch:
+def _launch(kernel: Any, call: GroupNormCall, **tensors: Tensor | None) -> Launch:
     """With these tensors, and with whatever any of the kernels takes."""
     n, channels, height, width = call.x.shape
     dim, maps = channels // call.num_groups, _maps(call)

@@ -279,6 +279,7 @@ def input_gradient_kernel(
     bias,
     statistics,
     group_sums,
+    grad_residual,
     grad_input,
     levels,
     all_positions,
@@ -294,7 +295,10 @@ def input_gradient_kernel(
     DIM_PAD: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
 ):
-    """The input's gradient at the tiles of a program, from the sums of all chunks of its map."""
+    """The input's gradient at the tiles of a program, from the sums of all chunks of its map.
+
+    ``grad_residual`` is added to it, where the input has another gradient as well; else it is None.
+    """
     map_row, chunk_row, base, positions, of_chunk, chunks, first = share_of_program(
         levels, all_positions, positions, tiles, chunks, LEVELS, GROUPS * DIM, BLOCK
     )
@@ -315,4 +319,6 @@ def input_gradient_kernel(
         grad = tl.where(normed * w + b <= 0.0, 0.0, grad * w)
         grad -= average[None, :, None] + normed * along[None, :, None]
         result = grad * scale[None, :, None]
+        if grad_residual is not None:
+            result += tl.load(grad_residual + base + offsets, mask, 0.0).to(tl.float32)
         tl.store(grad_input + base + offsets, convert(result, grad_input.dtype.element_ty), mask)
