@@ -204,10 +204,26 @@ def pack_levels(maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
 
 def unpack_levels(packed: Tensor, levels: Levels) -> list[Tensor]:
     """The maps that :func:`pack_levels` packed, or what became of them; they share memory."""
-    maps, start = [], 0
-    for height, width in levels:
-        # Not split: of what it returns nothing may be changed in place.
-        part = packed.squeeze(2).narrow(2, start, height * width)
-        maps.append(part.unflatten(2, (height, width)))
-        start += height * width
-    return maps
+    return list(_UnpackLevels.apply(packed, levels))
+
+
+class _UnpackLevels(torch.autograd.Function):
+    """Gradients are packed as well; torch would add up one padded with zeros for each map."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, levels: Levels) -> tuple[Tensor, ...]:
+        n, channels, _, _ = packed.shape
+        of_image, of_channel, _, of_position = packed.stride()
+        maps, start = [], packed.storage_offset()
+        for height, width in levels:
+            strides = (of_image, of_channel, width * of_position, of_position)
+            # No views: those that a function returns must not be changed in place.
+            part = packed.new_empty(0)
+            part.set_(packed.untyped_storage(), start, (n, channels, height, width), strides)
+            maps.append(part)
+            start += height * width * of_position
+        return tuple(maps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return pack_levels(grads)[0], None
