@@ -119,6 +119,22 @@ def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
 
 
 @pytest.mark.usefixtures("backend")
+def test_of_all_levels_a_head_keeps_its_input_and_what_each_attention_made_of_its_own():
+    features = [torch.randn(1, 64, *level, device=DEVICE, requires_grad=True) for level in LEVELS]
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention_head().to(DEVICE)(features)
+    positions = sum(height * width for height, width in LEVELS)
+    maps = [x for x in kept.values() if x.shape[1:] == (64, 1, positions)]
+    assert len(maps) == 1 + 2 * 2  # two attentions in each of two subnets
+
+
+@pytest.mark.usefixtures("backend")
 def test_a_single_level_is_packed_as_well():
     layer = attention_head().cls_subnet[0].to(DEVICE)
     x = torch.randn(1, 64, 5, 4, device=DEVICE).to(memory_format=torch.channels_last)
