@@ -16,6 +16,8 @@ from .kernels import (
     load_table,
     offsets_of,
     store,
+    table_start,
+    window_logits,
     within,
 )
 
@@ -79,8 +81,7 @@ def query_gradient_kernel(
     tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
     chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
     halo_cols = tl.arange(0, HALO_W)
-    col_offset = halo_cols[None] - tile_cols[:, None]
-    col_window = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
+    halo_offset = halo_cols[None] - tile_cols[:, None]
     if RELATIVE:
         dtype: tl.constexpr = query.dtype.element_ty
         table = load_table(
@@ -113,14 +114,15 @@ def query_gradient_kernel(
         # Outside the map the weights come out as zero.
         lse = tl.load(logsumexp + plane + position, mask=inside, other=float("inf"))
 
-        col_seen = col_window & within(left - RADIUS + halo_cols, width)[None]
+        col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], halo_offset, -1)
         if RELATIVE:
-            table_logits = dot(q, tl.trans(table), tl.zeros([M, T], tl.float32), PRECISION)
-            col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 1)
+            table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[None], [M, T])
+            table_logits = dot(q, tl.trans(table), table_logits, PRECISION)
+            col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 1)
             grad_cols = tl.zeros([M, HALO_W], tl.float32)
             grad_rows = tl.zeros([M, CHUNKS, CHUNK_H], tl.float32)
         else:
-            col_logits = tl.where(col_seen, 0.0, float("-inf"))
+            col_logits = window_logits(col_offset, KERNEL_SIZE)
         key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
         value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
         key_cols = clamp(left - RADIUS + chunk_cols, width)
@@ -132,12 +134,11 @@ def query_gradient_kernel(
             v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
             halo_rows = first + tl.arange(0, CHUNK_H)
             row_offset = halo_rows[None] - tile_rows[:, None]
-            row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE)
-            row_seen = row_seen & within(top - RADIUS + halo_rows, height)[None]
+            row_offset = tl.where(within(top - RADIUS + halo_rows, height)[None], row_offset, -1)
             if RELATIVE:
-                row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 1)
+                row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 1)
             else:
-                row_logits = tl.where(row_seen, 0.0, float("-inf"))
+                row_logits = window_logits(row_offset, KERNEL_SIZE)
             row_logits -= lse[:, None]
             logits = tl.reshape(row_logits[:, :, None] + col_logits[:, None, :], [M, P])
             weights = tl.exp2(dot(q, tl.trans(k), logits, PRECISION) * LOG2_E)
@@ -273,7 +274,7 @@ def key_value_gradient_kernel(
     near_cols = clamp(q_cols, width)
     # Of the offset from a query to a key: -RADIUS is 0.
     col_offset = tile_cols[:, None] - chunk_cols[None] + 2 * RADIUS
-    col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE) & within(q_cols, width)[None]
+    cols_inside = within(q_cols, width)
     query_base = base_of(query, query_strides, n, start, head, HEAD_DIM)
     grad_base = base_of(grad_output, grad_output_strides, n, start, head, HEAD_DIM)
     plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
@@ -295,18 +296,23 @@ def key_value_gradient_kernel(
         next_lse = tl.load(logsumexp + plane + next_position)
         next_mean = tl.load(mean + plane + next_position)
 
+        # Outside the map the weights come out as zero.
+        lse = tl.where(cols_inside & within(q_rows, height), lse, float("inf"))
         row_offset = tile_rows[:, None] - (first + chunk_rows)[None] + 2 * RADIUS
-        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE) & within(q_rows, height)[None]
         if RELATIVE:
-            table_logits = dot(table, tl.trans(q), tl.zeros([T, P], tl.float32), PRECISION)
-            row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 0)
-            col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 0)
+            table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[:, None], [T, P])
+            table_logits = dot(table, tl.trans(q), table_logits, PRECISION)
+            row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 0)
+            col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 0)
         else:
-            row_logits = tl.where(row_seen, 0.0, float("-inf"))
-            col_logits = tl.where(col_seen, 0.0, float("-inf"))
-        row_logits -= lse[None]
-        logits = tl.reshape(row_logits[:, None, :] + col_logits[None, :, :], [M, P])
-        weights = tl.exp2(dot(k, tl.trans(q), logits, PRECISION) * LOG2_E)
+            row_logits = window_logits(row_offset, KERNEL_SIZE)
+            col_logits = window_logits(col_offset, KERNEL_SIZE)
+        # The columns' part, which each row of keys has, is what the product starts from.
+        row_logits = (row_logits - lse[None]) * LOG2_E
+        col_logits = tl.broadcast_to(col_logits[None], [BLOCK_H, BLOCK_W, P])
+        logits = dot(k, tl.trans(q), tl.reshape(col_logits, [M, P]), PRECISION)
+        logits = tl.reshape(logits, [BLOCK_H, BLOCK_W, P]) * LOG2_E + row_logits[:, None, :]
+        weights = tl.exp2(tl.reshape(logits, [M, P]))
         value_result = dot(convert(weights, grad.dtype), grad, value_result, PRECISION)
         centred = dot(v, tl.trans(grad), tl.broadcast_to(-q_mean[None], [M, P]), PRECISION)
         key_result = dot(convert(weights * centred, q.dtype), q, key_result, PRECISION)

@@ -146,10 +146,29 @@ def load_table(
 
 
 @triton.jit
-def axis_logits(table_logits, offset, seen, FIRST: tl.constexpr, AXIS: tl.constexpr):
-    """q . r of an axis at each pair's ``offset``, minus infinity for the pairs not ``seen``."""
-    index = tl.where(seen, offset + FIRST, 0)
-    return tl.where(seen, tl.gather(table_logits, index, AXIS), float("-inf"))
+def table_start(KERNEL_SIZE: tl.constexpr, KERNEL_PAD: tl.constexpr):
+    """(T,): what products with the table start from, minus infinity where it has no embedding."""
+    embedding = tl.arange(0, 2 * KERNEL_PAD) % KERNEL_PAD
+    return tl.where(embedding < KERNEL_SIZE, 0.0, float("-inf"))
+
+
+@triton.jit
+def axis_logits(
+    table_logits, offset, FIRST: tl.constexpr, KERNEL_PAD: tl.constexpr, AXIS: tl.constexpr
+):
+    """q . r of an axis at each pair's ``offset``, minus infinity outside of the window.
+
+    The axis' part of the table begins at FIRST and ends with a row that has no embedding.
+    """
+    # Negative ones are large unsigned numbers.
+    index = tl.minimum(offset.to(tl.uint32), KERNEL_PAD - 1).to(tl.int32)
+    return tl.gather(table_logits, index + FIRST, AXIS)
+
+
+@triton.jit
+def window_logits(offset, KERNEL_SIZE: tl.constexpr):
+    """The same where there are no embeddings."""
+    return tl.where(offset.to(tl.uint32) < KERNEL_SIZE, 0.0, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width"])
@@ -185,6 +204,7 @@ def forward_kernel(
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
+    T: tl.constexpr = 2 * KERNEL_PAD
     n, head = tl.program_id(1), tl.program_id(0) % NUM_HEADS  # heads of a position lie side by side
     tile, start, height, width = level_of(
         tl.program_id(0) // NUM_HEADS, levels, height, width, LEVELS
@@ -197,17 +217,16 @@ def forward_kernel(
 
     halo_cols = tl.arange(0, HALO_W)
     col_offset = halo_cols[None] - tile_cols[:, None]
-    col_seen = (col_offset >= 0) & (col_offset < KERNEL_SIZE)
-    col_seen = col_seen & within(left - RADIUS + halo_cols, width)[None]
+    col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], col_offset, -1)
     if RELATIVE:
         table = load_table(
             rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, q.dtype
         )
-        zeros = tl.zeros([M, 2 * KERNEL_PAD], tl.float32)
-        table_logits = dot(q, tl.trans(table), zeros, PRECISION)
-        col_logits = axis_logits(table_logits, col_offset, col_seen, KERNEL_PAD, 1)
+        table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[None], [M, T])
+        table_logits = dot(q, tl.trans(table), table_logits, PRECISION)
+        col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 1)
     else:
-        col_logits = tl.where(col_seen, 0.0, float("-inf"))
+        col_logits = window_logits(col_offset, KERNEL_SIZE)
 
     key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
     value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
@@ -223,12 +242,11 @@ def forward_kernel(
         v = load(value_base, offsets, HEAD_DIM, PADDED_DIM)
         halo_rows = first + tl.arange(0, CHUNK_H)
         row_offset = halo_rows[None] - tile_rows[:, None]
-        row_seen = (row_offset >= 0) & (row_offset < KERNEL_SIZE)
-        row_seen = row_seen & within(top - RADIUS + halo_rows, height)[None]
+        row_offset = tl.where(within(top - RADIUS + halo_rows, height)[None], row_offset, -1)
         if RELATIVE:
-            row_logits = axis_logits(table_logits, row_offset, row_seen, 0, 1)
+            row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 1)
         else:
-            row_logits = tl.where(row_seen, 0.0, float("-inf"))
+            row_logits = window_logits(row_offset, KERNEL_SIZE)
         position_logits = row_logits[:, :, None] + col_logits[:, None, :]
         position_logits = tl.reshape(position_logits, [M, P])
         logits = dot(q, tl.trans(k), position_logits, PRECISION)
