@@ -259,10 +259,11 @@ def forward_kernel(
         maximum = new_maximum
 
     inside = (rows < height) & (cols < width)
-    result *= (1.0 / total)[:, None]
+    log_total = log2(total)
+    result *= tl.exp2(-log_total)[:, None]  # a division takes ten times as many instructions
     offsets = offsets_of(output_strides, rows, cols, width, PADDED_DIM)
     base = base_of(output, output_strides, n, start, head, HEAD_DIM)
     store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
     plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
-    maximum += log2(total) * LN_2
+    maximum += log_total * LN_2
     tl.store(logsumexp + plane + (rows * width + cols), maximum, mask=inside)
