@@ -233,7 +233,7 @@ def forward_kernel(
     chunk_rows, chunk_cols = tl.arange(0, P) // HALO_W, tl.arange(0, P) % HALO_W
     key_cols = clamp(left - RADIUS + chunk_cols, width)
     maximum = tl.full([M], LOWEST, tl.float32)
-    total = tl.zeros([M], tl.float32)
+    total = tl.zeros([M, 8], tl.float32)  # of 8 columns: each is a thread's own until the end
     result = tl.zeros([M, PADDED_DIM], tl.float32)
     for first in range(0, BLOCK_H + KERNEL_SIZE - 1, CHUNK_H):
         key_rows = clamp(top - RADIUS + first + chunk_rows, height)
@@ -254,12 +254,12 @@ def forward_kernel(
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
         rescale = tl.exp2((maximum - new_maximum) * LOG2_E)
         weights = tl.exp2(logits * LOG2_E - (new_maximum * LOG2_E)[:, None])
-        total = total * rescale + tl.sum(weights, 1)
+        total = total * rescale[:, None] + tl.sum(tl.reshape(weights, [M, P // 8, 8]), 1)
         result = dot(convert(weights, v.dtype), v, result * rescale[:, None], PRECISION)
         maximum = new_maximum
 
     inside = (rows < height) & (cols < width)
-    log_total = log2(total)
+    log_total = log2(tl.sum(total, 1))
     result *= tl.exp2(-log_total)[:, None]  # a division takes ten times as many instructions
     offsets = offsets_of(output_strides, rows, cols, width, PADDED_DIM)
     base = base_of(output, output_strides, n, start, head, HEAD_DIM)
