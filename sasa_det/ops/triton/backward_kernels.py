@@ -123,6 +123,7 @@ def query_gradient_kernel(
             grad_rows = tl.zeros([M, CHUNKS, CHUNK_H], tl.float32)
         else:
             col_logits = window_logits(col_offset, KERNEL_SIZE)
+        col_logits -= lse[:, None]
         key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
         value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
         key_cols = clamp(left - RADIUS + chunk_cols, width)
@@ -139,7 +140,6 @@ def query_gradient_kernel(
                 row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 1)
             else:
                 row_logits = window_logits(row_offset, KERNEL_SIZE)
-            row_logits -= lse[:, None]
             logits = tl.reshape(row_logits[:, :, None] + col_logits[:, None, :], [M, P])
             weights = tl.exp2(dot(q, tl.trans(k), logits, PRECISION) * LOG2_E)
             centred = dot(
@@ -308,7 +308,7 @@ def key_value_gradient_kernel(
             row_logits = window_logits(row_offset, KERNEL_SIZE)
             col_logits = window_logits(col_offset, KERNEL_SIZE)
         # The columns' part, which each row of keys has, is what the product starts from.
-        row_logits = (row_logits - lse[None]) * LOG2_E
+        row_logits = row_logits * LOG2_E - (lse * LOG2_E)[None]
         col_logits = tl.broadcast_to(col_logits[None], [BLOCK_H, BLOCK_W, P])
         logits = dot(k, tl.trans(q), tl.reshape(col_logits, [M, P]), PRECISION)
         logits = tl.reshape(logits, [BLOCK_H, BLOCK_W, P]) * LOG2_E + row_logits[:, None, :]
