@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d, StemSelfAttention2d
-from sasa_det.layers.local_attention import sinusoidal_encodings
+from sasa_det.layers.local_attention import NormReLU, sinusoidal_encodings
 from sasa_det.ops import use_backend
 from sasa_det.ops.functional import shared_casts
 
@@ -171,17 +172,25 @@ def test_absolute_positions_are_exported_for_any_size():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_formula():
-    layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
-    layer = PreActivationSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
+def pre_activation_layer(attention=None):
+    attention = attention or LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
+    return PreActivationSelfAttention2d(attention, torch.nn.GroupNorm(4, 32))
+
+
+def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_formula(monkeypatch):
+    layer = pre_activation_layer()
     torch.nn.init.normal_(layer.norm.weight)
     x = torch.randn(2, 32, 14, 13, requires_grad=True)
     normed = []
-    hook = layer.norm.register_forward_hook(
-        lambda module, inputs, output: normed.append(StorageWeakRef(output.untyped_storage()))
-    )
+
+    def group_norm(*arguments):
+        output = plain_group_norm(*arguments)
+        normed.append(StorageWeakRef(output.untyped_storage()))
+        return output
+
+    plain_group_norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", group_norm)
     output = layer(x)
-    hook.remove()
     assert normed[0].expired()
     wanted = x + layer.attention(torch.relu(layer.norm(x)))
     grad = torch.randn_like(x)
@@ -192,9 +201,64 @@ def test_a_group_norms_output_is_not_kept_and_the_gradients_are_those_of_the_for
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_norm_is_computed_again_with_the_weights_of_the_forward():
+    layer, other = pre_activation_layer(), pre_activation_layer()
+    for parameter in other.norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x, weights = torch.randn(2, 32, 6, 5), dict(other.named_parameters())
+    outputs = (torch.func.functional_call(layer, weights, (x,)), other(x))
+    gradients = [torch.autograd.grad(y.square().sum(), list(weights.values())) for y in outputs]
+    torch.testing.assert_close(*gradients)
+
+
+class Transposing(torch.nn.Module):
+    """Keeps a view of its input that has the same address and shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(32, 6, 6))
+
+    def forward(self, x):
+        return (x.mT * self.weight).mT
+
+
+def test_a_view_of_a_norms_output_is_not_taken_for_it():
+    layer, x = pre_activation_layer(Transposing()), torch.randn(2, 32, 6, 6)
+    wanted = x + layer.attention(torch.relu(layer.norm(x)))
+    gradients = [torch.autograd.grad(y.sum(), layer.attention.weight) for y in (layer(x), wanted)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_graph_without_a_backward_is_freed():
+    attention = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
+    layer = pre_activation_layer(torch.nn.Sequential(attention, torch.nn.Sigmoid()))
+    kept = []
+    layer.attention[1].register_forward_hook(
+        lambda module, inputs, output: kept.append(StorageWeakRef(output.untyped_storage()))
+    )
+    layer(torch.randn(2, 32, 6, 5))
+    assert kept[0].expired()
+
+
+def test_other_modules_may_take_the_place_of_norm_activation_and_projection():
+    x = torch.randn(2, 32, 6, 5)
+    activation = NormReLU(torch.nn.GroupNorm(4, 32))
+    activation[1] = torch.nn.Tanh()
+    torch.testing.assert_close(activation(x), torch.tanh(activation[0](x)))
+    attention = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
+    grouped = torch.nn.Conv2d(32, 96, kernel_size=1, groups=4, bias=False)
+    full = attention.projection.weight
+    full.data.zero_()
+    for group in range(4):
+        rows = slice(24 * group, 24 * (group + 1))
+        full.data[rows, 8 * group : 8 * (group + 1)] = grouped.weight.data[rows]
+    wanted = attention(x)
+    attention.projection = grouped
+    torch.testing.assert_close(attention(x), wanted)
+
+
 def test_a_norm_is_computed_again_in_the_precision_of_the_forward():
-    layer = LocalSelfAttention2d(32, 32, kernel_size=5, num_heads=2)
-    layer = PreActivationSelfAttention2d(layer, torch.nn.GroupNorm(4, 32))
+    layer = pre_activation_layer()
     x = torch.randn(2, 32, 14, 13)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(x)

@@ -186,6 +186,13 @@ def test_what_is_refused_is_named():
             local_attention(*(x.to(DEVICE).double() for x in inputs), **options)
 
 
+@pytest.mark.usefixtures("backend")
+def test_images_are_refused_whose_gradients_would_overflow_an_index():
+    x = torch.empty(1, device=DEVICE).expand(1, 256, 1700, 1700)
+    call = AttentionCall(x, x, x, None, None, num_heads=8, kernel_size=7)
+    assert "2 ** 31" in attention.refuses(call)
+
+
 class FakeKernel:
     """What ``triton.jit`` makes, as far as a launch uses it."""
 

@@ -1,13 +1,22 @@
 """The Triton kernels of a detector's heads: group norm, and all levels of an FPN at once."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from with_triton import DEVICE, TOLERANCE, UNAVAILABLE, backend, on_device  # noqa: F401
 
 from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
-from sasa_det.ops import group_norm_relu, normed_attention, pack_levels, unpack_levels
+from sasa_det.ops import (
+    group_norm_relu,
+    normed_attention,
+    pack_levels,
+    unpack_levels,
+    use_backend,
+)
 from sasa_det.ops.calls import GroupNormCall
 from sasa_det.ops.triton import group_norm
 
@@ -102,7 +111,7 @@ def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
     results = []
     for at_once in (True, False):
         if not at_once:
-            head.register_forward_hook(lambda *_: None)
+            head.cls_subnet.register_forward_hook(lambda *_: None)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             outputs = [x for maps in head(features) for x in maps]
         names = {type(x.grad_fn).__name__ for x in outputs}
@@ -132,6 +141,53 @@ def test_of_all_levels_a_head_keeps_its_input_and_what_each_attention_made_of_it
     positions = sum(height * width for height, width in LEVELS)
     maps = [x for x in kept.values() if x.shape[1:] == (64, 1, positions)]
     assert len(maps) == 1 + 2 * 2  # two attentions in each of two subnets
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("whole", [True, False], ids=["head", "layer"])
+def test_checkpointed_it_has_the_same_gradients(whole):
+    head = attention_head().to(DEVICE)
+    module = head if whole else head.cls_subnet[0]
+    x = torch.randn(1, 64, 4, 5, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for call in (module, partial(checkpoint, module, use_reentrant=False)):
+        outputs = call([x, x]) if whole else call(x)
+        loss = sum(y.square().sum() for maps in outputs for y in maps)
+        results.append(torch.autograd.grad(loss, [x, *module.parameters()]))
+    for actual, wanted in zip(*results):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_layer_whose_weights_are_narrower_than_its_map():
+    layer = PreActivationSelfAttention2d(
+        LocalSelfAttention2d(64, 64, kernel_size=3).bfloat16(), nn.GroupNorm(32, 64)
+    ).to(DEVICE)
+    x = torch.randn(1, 64, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        output = layer(x)
+        with use_backend("eager"):
+            wanted = layer(x)
+    assert output.dtype == wanted.dtype
+    assert (output - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+@pytest.mark.usefixtures("backend")
+def test_levels_in_another_precision_than_that_of_autocast_are_packed_as_they_are():
+    levels = [torch.randn(1, 64, *level, device=DEVICE).bfloat16() for level in LEVELS]
+    with torch.autocast(DEVICE, torch.float16):
+        packed, sizes = pack_levels(levels)
+    for level, unpacked in zip(levels, unpack_levels(packed, sizes)):
+        assert torch.equal(level, unpacked)
+
+
+@pytest.mark.usefixtures("backend")
+def test_no_kernel_reads_parameters_that_do_not_fit_the_map():
+    x = torch.randn(1, 64, 3, 3, device=DEVICE).to(memory_format=torch.channels_last)
+    weight = torch.ones(128, device=DEVICE)
+    for unfit in (weight[:32], weight[::2]):
+        assert group_norm_relu(x, 4, unfit, unfit, 1e-5) is None
 
 
 @pytest.mark.usefixtures("backend")

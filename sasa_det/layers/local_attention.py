@@ -89,7 +89,7 @@ class LocalSelfAttention2d(nn.Module):
         embeddings = (self.rel_rows, self.rel_cols)
         heads, size = self.num_heads, self.kernel_size
         projection = self.projection
-        if is_plain(projection, nn.Conv2d):
+        if is_pointwise(projection):
             weight, bias = projection.weight, projection.bias
             return projected_attention(
                 x,
@@ -154,15 +154,16 @@ class PreActivationSelfAttention2d(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.norm, nn.GroupNorm):  # others may need their output
-            return add_attention(x, self.attention, F.relu(self.norm(x)))
+        norm = self.norm
+        if not is_plain(norm, nn.GroupNorm):  # others may need their output, or to be called once
+            return add_attention(x, self.attention, F.relu(norm(x)))
         parts = self.parts()
         fused = None if parts is None else normed_attention(x, [parts])
         if fused is not None:
             return fused
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return add_attention(x, self.attention, F.relu_(self.norm(x)))
-        return self._norm_computed_again(x)
+            return add_attention(x, self.attention, F.relu_(norm(x)))
+        return self._norm_computed_again(norm, x)
 
     def parts(self) -> NormedLayer | None:
         """What it computes with; None where a module is replaced."""
@@ -170,7 +171,7 @@ class PreActivationSelfAttention2d(nn.Module):
         if not is_plain(norm, nn.GroupNorm) or not is_plain(attention, LocalSelfAttention2d):
             return None
         projection = attention.projection
-        if attention.position == "absolute" or not is_plain(projection, nn.Conv2d):
+        if attention.position == "absolute" or not is_pointwise(projection):
             return None
         return NormedLayer(
             norm.weight,
@@ -185,11 +186,15 @@ class PreActivationSelfAttention2d(nn.Module):
             kernel_size=attention.kernel_size,
         )
 
-    def _norm_computed_again(self, x: Tensor) -> Tensor:
+    def _norm_computed_again(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """A group norm costs less to compute again than its output takes memory until then."""
-        normed = self.norm(x)
-        kept = x.detach()  # which the norm keeps anyway
-        with computed_again(normed, lambda: F.relu_(self.norm(kept))):
+        normed = norm(x)
+        # Which the norm keeps anyway; the module may have other weights by then.
+        kept, weight, bias = (
+            None if t is None else t.detach() for t in (x, norm.weight, norm.bias)
+        )
+        options = (norm.num_groups, weight, bias, norm.eps)
+        with computed_again(normed, lambda: F.relu_(F.group_norm(kept, *options))):
             return add_attention(x, self.attention, F.relu_(normed))
 
 
@@ -203,19 +208,19 @@ class NormReLU(nn.Sequential):
         super().__init__(norm, nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, fused = self[0], None
-        if is_plain(norm, nn.GroupNorm):
-            fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        norm = self[0]
+        if not self._is_itself() or not is_plain(norm, nn.GroupNorm):
+            return super().forward(x)
+        fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.relu_(norm(x)) if fused is None else fused
 
     def parts(self, projection: nn.Module) -> NormedLayer | None:
         """What it computes with, and the 1x1 convolution behind it; None where that is another one
         or a module is replaced."""
         norm = self[0]
-        if not is_plain(norm, nn.GroupNorm) or not is_plain(projection, nn.Conv2d):
+        if not self._is_itself() or not is_plain(norm, nn.GroupNorm):
             return None
-        shape = (projection.kernel_size, projection.stride, projection.padding, projection.groups)
-        if shape != ((1, 1), (1, 1), (0, 0), 1):
+        if not is_pointwise(projection):
             return None
         return NormedLayer(
             norm.weight,
@@ -230,6 +235,9 @@ class NormReLU(nn.Sequential):
             kernel_size=1,
         )
 
+    def _is_itself(self) -> bool:
+        return len(self) == 2 and is_plain(self[1], nn.ReLU)
+
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
     """residual + attention(x), whatever stands in the attention's place."""
@@ -242,6 +250,13 @@ def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> T
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether it is of this very class, and its weights are all there is to it."""
     return type(module) is kind and not has_hooks(module)
+
+
+def is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a plain 1x1 convolution that reads each position and channel."""
+    if not is_plain(module, nn.Conv2d) or module.groups != 1:
+        return False
+    return (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -138,17 +138,14 @@ class AttentionBottleneckBlock(CNNBlockBase):
         if is_plain(attention, LocalSelfAttention2d) and folds(self.attention_norm, x):
             # Pooling averages, so a scale and a shift are the same before it and behind it.
             return self._pool(attention.add_to(residual, x, *scale_and_shift(self.attention_norm)))
-        if residual is None or not self._keeps_output(x):
+        output_is_kept = torch.is_grad_enabled() and keeps_output(x) and not makes_a_program()
+        if residual is None or not output_is_kept:
             return self.attention_norm(self._pool(add_attention(residual, attention, x)))
         attended = add_attention(None, attention, x)
         total = x + attended
         x, attended = x.detach(), attended.detach()  # which the attention keeps anyway
         with computed_again(total, lambda: x + attended):
             return self.attention_norm(self._pool(total))
-
-    def _keeps_output(self, x: Tensor) -> bool:
-        """Whether the attention keeps what it makes of ``x`` for a backward."""
-        return torch.is_grad_enabled() and keeps_output(x) and not makes_a_program()
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.stride == 1:

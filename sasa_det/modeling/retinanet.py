@@ -189,13 +189,14 @@ class AttentionRetinaNetHead(RetinaNetHead):
             return super().forward(features) if at_once is None else at_once
 
     def _levels_at_once(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-        """As :meth:`forward`, each layer with one call for all levels; None if there is no such.
+        """As :meth:`forward`, each subnet with one call for all levels; None if there is no such.
 
         Small levels take less time on a GPU than their calls in Python.
         """
-        if len(features) < 2 or not can_pack_levels(features[0]):
+        if len(features) < 2 or not can_pack_levels(features):
             return None
-        if any(has_hooks(module) for module in self.modules()):  # for each level, they count on
+        # They count on being called for each level.
+        if any(has_hooks(module) for module in self.modules() if module is not self):
             return None
         subnets = (
             _parts(self.cls_subnet, self.cls_score),
@@ -226,8 +227,13 @@ def _parts(subnet: nn.Module, predictor: nn.Module) -> list[NormedLayer] | None:
     if type(subnet) is not nn.Sequential or type(predictor) is not nn.Sequential:
         return None
     *layers, activation, projection = (*subnet, *predictor)
-    found = [x.parts() for x in layers if type(x) is PreActivationSelfAttention2d]
-    if type(activation) is NormReLU:
-        found.append(activation.parts(projection))
-    parts = [layer for layer in found if layer is not None]
-    return parts if len(parts) == len(layers) + 1 else None
+    if type(activation) is not NormReLU:
+        return None
+    parts = []
+    for layer in layers:
+        of_layer = layer.parts() if type(layer) is PreActivationSelfAttention2d else None
+        if of_layer is None:
+            return None
+        parts.append(of_layer)
+    last = activation.parts(projection)
+    return None if last is None else [*parts, last]

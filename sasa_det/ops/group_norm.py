@@ -18,8 +18,6 @@ def group_norm_relu(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    *,
-    levels: Levels | None = None,
 ) -> Tensor | None:
     """relu(group_norm(x)), where a kernel does both: on CUDA, for maps whose channels are last.
 
@@ -29,13 +27,12 @@ def group_norm_relu(
     Args:
         x (Tensor[N, C, H, W]): what is normalised.
         num_groups, weight, bias, eps: as in ``torch.nn.functional.group_norm``.
-        levels: as in :func:`normed_attention`.
 
     Returns:
         Tensor or None: in the dtype of ``x``, under autocast too; None if no kernel serves the
         call, or if somebody wants to see operators.
     """
-    call = served_call(x, num_groups, weight, bias, eps, levels)
+    call = served_call(x, num_groups, weight, bias, eps)
     if call is None:
         return None
     return _GroupNormReLU.apply(*call) if torch.is_grad_enabled() else kernels.forward(call)[0]

@@ -13,7 +13,7 @@ from .calls import AttentionCall, GroupNormCall, Levels
 from .checks import check_attention
 from .functional import cast_embeddings, cast_for_autocast
 from .group_norm import served_call
-from .operator import autocast_is_on, somebody_looks
+from .operator import autocast_is_on, somebody_looks, without_autocast
 from .projected import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
@@ -42,10 +42,13 @@ class NormedLayer(NamedTuple):
         rel_rows, rel_cols = cast_embeddings(weight, self.rel_rows, self.rel_cols)
         return self._replace(weight=weight, bias=bias, rel_rows=rel_rows, rel_cols=rel_cols)
 
-    def serves(self, x: Tensor, levels: Levels | None) -> bool:
+    def has_norm_for(self, x: Tensor, levels: Levels | None) -> bool:
+        """Whether the norm's kernels serve it, and nobody wants to see operators."""
         norm = (self.num_groups, self.norm_weight, self.norm_bias, self.eps)
-        if served_call(x, *norm, levels) is None:
-            return False
+        return served_call(x, *norm, levels) is not None and not somebody_looks(self[:_TENSORS])
+
+    def has_attention_for(self, x: Tensor, levels: Levels | None) -> bool:
+        """Whether the attention's kernels serve it, if it is no predictor."""
         # Only autocast has weights of another dtype; without it torch is to say so.
         if x.dtype != self.weight.dtype and not autocast_is_on(x.device.type):
             return False
@@ -53,7 +56,9 @@ class NormedLayer(NamedTuple):
             return True
         if self.weight.shape[0] != 3 * x.shape[1]:
             return False
-        call = self.attention((x, x, x), levels)  # queries, keys and values will be like x
+        # Queries, keys and values will be of the shape of x and the dtype of the weight.
+        some = self.weight.new_empty(1).expand(x.shape)
+        call = self.attention((some, some, some), levels)
         check_attention(call)  # here, because kernels trust it
         return attention.refuses(call) is None
 
@@ -77,6 +82,19 @@ class NormedLayer(NamedTuple):
         return AttentionCall(query, key, value, self.rel_rows, self.rel_cols, *options)
 
 
+class _Kept(NamedTuple):
+    """What a layer keeps: of the norm its statistics; of the attention, if it has one, the
+    log-sum-exp and the output."""
+
+    statistics: Tensor
+    logsumexp: Tensor | None
+    output: Tensor | None
+
+
+# At the beginning of a layer, and of what is kept of it.
+_TENSORS, _KEPT = 6, len(_Kept._fields)
+
+
 def normed_attention(
     x: Tensor, layers: Sequence[NormedLayer], levels: Levels | None = None
 ) -> Tensor | None:
@@ -93,19 +111,23 @@ def normed_attention(
 
     Returns:
         Tensor or None: None if there are no kernels for it, or if somebody wants to see operators.
+
+    Raises:
+        ValueError: for a predictor that is not the last; for shapes that do not fit together.
     """
+    if any(layer.num_heads is None for layer in layers[:-1]):
+        raise ValueError("Only the last layer may be a predictor, which has num_heads=None.")
+    if not all(layer.has_norm_for(x, levels) for layer in layers):
+        return None
     layers = [layer.with_casts() for layer in layers]
-    if not all(layer.serves(x, levels) for layer in layers):
+    if not all(layer.has_attention_for(x, levels) for layer in layers):
         return None
     if not torch.is_grad_enabled():
         for layer in layers:
-            x, *_ = _forward(layer, x, levels)
+            x, _ = _forward(layer, x, levels)
         return x
     tensors = [tensor for layer in layers for tensor in layer[:_TENSORS]]
     return _NormedAttention.apply(x, levels, [layer[_TENSORS:] for layer in layers], *tensors)
-
-
-_TENSORS = 6  # of a layer, in front of its numbers
 
 
 class _NormedAttention(torch.autograd.Function):
@@ -116,70 +138,66 @@ class _NormedAttention(torch.autograd.Function):
         ctx: Any, x: Tensor, levels: Levels | None, options: Sequence[tuple], *tensors: Any
     ) -> Tensor:
         ctx.levels, ctx.options = levels, options
-        kept: list[Tensor] = []
+        all_kept: list[Tensor | None] = []
         result = x
         for layer in _layers(tensors, options):
-            result, *of_layer = _forward(layer, result, levels)
-            kept += of_layer
-        ctx.save_for_backward(*tensors, x, *kept)
+            result, kept = _forward(layer, result, levels)
+            all_kept += kept
+        ctx.save_for_backward(x, *tensors, *all_kept)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = _TENSORS * len(ctx.options)
-        tensors, (x, *kept) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        layers = _layers(tensors, ctx.options)
+        x, *saved = ctx.saved_tensors  # once: hooks on what is kept may forbid a second time
+        end = _TENSORS * len(ctx.options)
+        layers, tensors_needed = _layers(saved[:end], ctx.options), ctx.needs_input_grad[3:]
+        kept = [_Kept(*saved[i : i + _KEPT]) for i in range(end, len(saved), _KEPT)]
         # As the forward added them up, to the last bit.
-        outputs = kept[2::3]
-        inputs = list(accumulate([x, *outputs[: len(layers) - 1]], torch.add))
+        inputs = list(accumulate([x, *(layer.output for layer in kept[:-1])], torch.add))
         grads: list[Tensor | None] = []
-        for index, layer in reversed(list(enumerate(layers))):
+        for index in reversed(range(len(layers))):
             first = _TENSORS * index
-            of_weights = ctx.needs_input_grad[3 + first + 2 : 3 + first + 4]
-            of_layer = kept[3 * index : 3 * index + 3]
+            needed = tensors_needed[first : first + _TENSORS]
             grad, *of_tensors = _backward(
-                layer, inputs.pop(), of_layer, grad, ctx.levels, of_weights
+                layers[index], inputs.pop(), kept[index], grad, ctx.levels, needed
             )
             grads = of_tensors + grads
         return grad, None, None, *grads
 
 
-def _forward(layer: NormedLayer, x: Tensor, levels: Levels | None) -> tuple[Tensor, ...]:
-    """The result; of the norm the statistics, of the attention log-sum-exp and output."""
+def _forward(layer: NormedLayer, x: Tensor, levels: Levels | None) -> tuple[Tensor, _Kept]:
     normed, norm = layer.normed(x, levels, None)
     projected = project(normed, layer.weight, layer.bias)
     assert norm.statistics is not None
     if layer.num_heads is None:
-        return projected, norm.statistics
+        return projected, _Kept(norm.statistics, None, None)
     output, logsumexp = attention.forward(layer.attention(projected.chunk(3, dim=1), levels))
-    return x + output, norm.statistics, logsumexp, output
+    return x + output, _Kept(norm.statistics, logsumexp, output)
 
 
 def _backward(
     layer: NormedLayer,
     x: Tensor,
-    kept: Sequence[Tensor],
+    kept: _Kept,
     grad: Tensor,
     levels: Levels | None,
     needed: Sequence[bool],
 ) -> tuple[Any, ...]:
     """Gradients of x and of the layer's tensors; of weight and bias where they are needed."""
-    statistics, *of_attention = kept
-    normed, norm = layer.normed(x, levels, statistics)
-    of_projection, of_embeddings = grad, []
-    if layer.num_heads is not None:
-        logsumexp, output = of_attention
+    normed, norm = layer.normed(x, levels, kept.statistics)
+    of_projection, grad_residual = grad, None
+    of_embeddings: list[Any] = []
+    if kept.logsumexp is not None and kept.output is not None:
         maps = project(normed, layer.weight, layer.bias).chunk(3, dim=1)
-        call = layer.attention(maps, levels)
+        grad_output, grad_residual = grad.to(kept.output.dtype), grad
         of_projection, *of_embeddings = attention.backward(
-            call, grad.to(output.dtype), output, logsumexp
+            layer.attention(maps, levels), grad_output, kept.output, kept.logsumexp
         )
     grad_normed, *of_weights = projection_gradients(
-        of_projection, normed, layer.weight, [True, *needed]
+        of_projection, normed, layer.weight, [True, *needed[2:4]]
     )
     assert grad_normed is not None
-    grad_residual = None if layer.num_heads is None else grad
     grad_input, of_norm = group_norm.backward(norm, grad_normed.to(x.dtype), grad_residual)
     of_norm = of_norm.to(norm.weight.dtype)
     return grad_input, *of_norm.unbind(), *of_weights, *(of_embeddings or (None, None))
@@ -191,15 +209,23 @@ def _layers(tensors: Sequence[Any], options: Sequence[tuple]) -> list[NormedLaye
     return [NormedLayer(*tensors[i : i + _TENSORS], *rest) for i, rest in zip(starts, options)]
 
 
-def can_pack_levels(x: Tensor) -> bool:
-    """Whether there are kernels for maps such as ``x``, packed by :func:`pack_levels`."""
-    return not somebody_looks((x,)) and allows("triton") and refuses_tensor(x) is None
+def can_pack_levels(maps: Sequence[Tensor]) -> bool:
+    """Whether there are kernels for such maps, packed by :func:`pack_levels`."""
+    alike = {(x.dtype, x.device, x.shape[:2]) for x in maps}
+    if len(alike) != 1 or somebody_looks(tuple(maps)):
+        return False
+    return allows("triton") and refuses_tensor(maps[0]) is None
 
 
 def pack_levels(maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
     """Several maps (N, C, H, W) as one (N, C, 1, positions), channels last; and their sizes."""
-    packed = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], dim=1)
+    packed = _concatenate(*(x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps))
     return packed.mT.unsqueeze(2), tuple((x.shape[2], x.shape[3]) for x in maps)
+
+
+@without_autocast
+def _concatenate(*rows: Tensor) -> Tensor:
+    return torch.cat(rows, dim=1)
 
 
 def unpack_levels(packed: Tensor, levels: Levels) -> list[Tensor]:

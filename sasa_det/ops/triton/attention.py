@@ -16,6 +16,7 @@ run.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -42,9 +43,13 @@ def refuses(call: AttentionCall) -> str | None:
             f"its tiles fit windows up to {_MAX_KERNEL_SIZE} and heads up to {_MAX_HEAD_DIM} "
             f"channels, not kernel_size={call.kernel_size} with {head_dim} channels a head"
         )
-    for x in call[:3]:
-        if sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:
-            return "it does not serve images of more than 2 ** 31 numbers"
+    # Their gradients are parts of one map, as they are themselves if one projection made them.
+    last = max(
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:]))
+        for x in call[:3]
+    )
+    if max(last, 3 * math.prod(call.query.shape[1:])) >= 2**31:
+        return "it does not serve images whose queries, keys and values are 2 ** 31 numbers or more"
     return None
 
 

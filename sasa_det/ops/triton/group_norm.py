@@ -35,6 +35,11 @@ def refuses(call: GroupNormCall) -> str | None:
         return f"it serves maps of up to {_MAX_CHANNELS} channels, not {x.shape[1]}"
     if x[:1].numel() >= 2**31:
         return "it does not serve images of more than 2 ** 31 numbers"
+    for parameter in (call.weight, call.bias):
+        if parameter.shape != x.shape[1:2] or parameter.device != x.device:
+            return "scale and shift must be one number each for a channel, where the map is"
+        if not parameter.is_contiguous():
+            return "it reads scale and shift one number after another"
     return None
 
 
