@@ -211,10 +211,11 @@ def _layers(tensors: Sequence[Any], options: Sequence[tuple]) -> list[NormedLaye
 
 def can_pack_levels(maps: Sequence[Tensor]) -> bool:
     """Whether there are kernels for such maps, packed by :func:`pack_levels`."""
-    alike = {(x.dtype, x.device, x.shape[:2]) for x in maps}
-    if len(alike) != 1 or somebody_looks(tuple(maps)):
+    first = maps[0]
+    if somebody_looks(tuple(maps)) or not allows("triton") or refuses_tensor(first) is not None:
         return False
-    return allows("triton") and refuses_tensor(maps[0]) is None
+    alike = (first.dtype, first.device, first.shape[:2])
+    return all((x.dtype, x.device, x.shape[:2]) == alike for x in maps)
 
 
 def pack_levels(maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
