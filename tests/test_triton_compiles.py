@@ -58,6 +58,8 @@ def attention_launches(dtype, head_dim, kernel_size, relative=True, levels=None)
     partial_sums = attention.new_partial_sums(call)
     launches = [
         attention.forward_launch(call, grad, logsumexp),
+        attention.forward_launch(call, grad, logsumexp, grad, grad),
+        attention.forward_launch(call, None, logsumexp, grad, grad),
         attention.query_gradient_launch(call, grad, grad, logsumexp, grad, logsumexp, partial_sums),
         attention.key_value_gradient_launch(call, grad, logsumexp, logsumexp, grad, grad),
     ]

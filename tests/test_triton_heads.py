@@ -17,8 +17,8 @@ from sasa_det.ops import (
     unpack_levels,
     use_backend,
 )
-from sasa_det.ops.calls import GroupNormCall
-from sasa_det.ops.triton import group_norm
+from sasa_det.ops.calls import AttentionCall, GroupNormCall
+from sasa_det.ops.triton import attention, group_norm
 
 NORM_SHAPES = [
     (2, 64, 5, 7, 32),
@@ -94,6 +94,26 @@ def test_a_layer_behind_a_group_norm_has_the_gradients_of_its_parts(
         assert (actual - wanted).norm() <= tolerance * wanted.norm()
     kept = [t for t in output.grad_fn.saved_tensors if t is not None and t.shape == x.shape]
     assert len(kept) == 2  # the input and what the attention made of it, not what it was given
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("head_dim", [6, 16])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_with_a_residual_is_that_of_torch_to_the_last_bit(residual_dtype, head_dim):
+    def make(dtype):
+        x = torch.randn(2, 4 * head_dim, 5, 9, device=DEVICE).to(dtype)
+        return x.to(memory_format=torch.channels_last)
+
+    call = AttentionCall(*(make(torch.bfloat16) for _ in range(3)), None, None, 4, 3)
+    residual = make(residual_dtype)
+    added_up, logsumexp, output = attention.add_to(residual, call, keep_output=True)
+    expected = attention.forward(call)
+    assert torch.equal(output, expected[0])
+    assert torch.equal(logsumexp, expected[1])
+    assert torch.equal(added_up, residual + output)
+    added_up, *_, output = attention.add_to(residual, call, keep_output=False)
+    assert torch.equal(added_up, residual + expected[0])
+    assert output is None
 
 
 LEVELS = ((5, 9), (3, 5), (2, 3))

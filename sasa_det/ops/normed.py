@@ -57,7 +57,9 @@ class NormedLayer(NamedTuple):
         if self.weight.shape[0] != 3 * x.shape[1]:
             return False
         # Queries, keys and values will be of the shape of x and the dtype of the weight.
-        some = self.weight.new_empty(1).expand(x.shape)
+        some = x
+        if x.dtype != self.weight.dtype:
+            some = self.weight.new_empty(1).expand(x.shape)
         call = self.attention((some, some, some), levels)
         check_attention(call)  # here, because kernels trust it
         return attention.refuses(call) is None
@@ -124,7 +126,7 @@ def normed_attention(
         return None
     if not torch.is_grad_enabled():
         for layer in layers:
-            x, _ = _forward(layer, x, levels)
+            x, _ = _forward(layer, x, levels, keep_output=False)
         return x
     tensors = [tensor for layer in layers for tensor in layer[:_TENSORS]]
     return _NormedAttention.apply(x, levels, [layer[_TENSORS:] for layer in layers], *tensors)
@@ -141,7 +143,7 @@ class _NormedAttention(torch.autograd.Function):
         all_kept: list[Tensor | None] = []
         result = x
         for layer in _layers(tensors, options):
-            result, kept = _forward(layer, result, levels)
+            result, kept = _forward(layer, result, levels, keep_output=True)
             all_kept += kept
         ctx.save_for_backward(x, *tensors, *all_kept)
         return result
@@ -166,14 +168,17 @@ class _NormedAttention(torch.autograd.Function):
         return grad, None, None, *grads
 
 
-def _forward(layer: NormedLayer, x: Tensor, levels: Levels | None) -> tuple[Tensor, _Kept]:
+def _forward(
+    layer: NormedLayer, x: Tensor, levels: Levels | None, *, keep_output: bool
+) -> tuple[Tensor, _Kept]:
     normed, norm = layer.normed(x, levels, None)
     projected = project(normed, layer.weight, layer.bias)
     assert norm.statistics is not None
     if layer.num_heads is None:
         return projected, _Kept(norm.statistics, None, None)
-    output, logsumexp = attention.forward(layer.attention(projected.chunk(3, dim=1), levels))
-    return x + output, _Kept(norm.statistics, logsumexp, output)
+    call = layer.attention(projected.chunk(3, dim=1), levels)
+    result, *kept = attention.add_to(x, call, keep_output)
+    return result, _Kept(norm.statistics, *kept)
 
 
 def _backward(

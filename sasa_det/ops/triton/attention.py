@@ -65,6 +65,24 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return output, logsumexp
 
 
+def add_to(
+    residual: Tensor, call: AttentionCall, keep_output: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sum of residual and output, the log-sum-exp, and the output if it is to be kept.
+
+    The channels of the residual come last. The sum is of the wider dtype of the two.
+    """
+    n, _, height, width = call.query.shape
+    logsumexp = call.query.new_empty(n, call.num_heads, height, width, dtype=torch.float32)
+    call = _with_channels_last(call)
+    dtype = torch.promote_types(residual.dtype, call.query.dtype)
+    added_up = torch.empty_like(residual, dtype=dtype)
+    output = torch.empty_like(residual, dtype=call.query.dtype) if keep_output else None
+    with on_device(call.query):
+        forward_launch(call, output, logsumexp, residual, added_up).run()
+    return added_up, logsumexp, output
+
+
 def backward(
     call: AttentionCall, grad_output: Tensor, output: Tensor | None, logsumexp: Tensor
 ) -> list[Tensor]:
@@ -113,11 +131,22 @@ def _strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(3 if x.shape[3] > 1 else 2)
 
 
-def forward_launch(call: AttentionCall, output: Tensor, logsumexp: Tensor) -> Launch:
+def forward_launch(
+    call: AttentionCall,
+    output: Tensor | None,
+    logsumexp: Tensor,
+    residual: Tensor | None = None,
+    added_up: Tensor | None = None,
+) -> Launch:
+    """Writes what is given of output and ``added_up``, whose strides are the same."""
     from .kernels import forward_kernel
 
-    arguments = _arguments(call, output=output)
-    arguments |= {"logsumexp": logsumexp}
+    written = added_up if output is None else output
+    assert written is not None
+    arguments = _arguments(call, output=written)
+    arguments |= {"output": output, "logsumexp": logsumexp}
+    arguments |= {"residual": residual, "added_up": added_up}
+    arguments["residual_strides"] = None if residual is None else _strides(residual)
     return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), options(call))
 
 

@@ -28,9 +28,10 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 @triton.jit
 def convert(x, dtype: tl.constexpr):
     """``x`` (float32) rounded to ``dtype``."""
-    if INTERPRETED and dtype == tl.bfloat16:  # it cuts off the bits that do not fit
+    if INTERPRETED and dtype == tl.bfloat16:  # it does not round bits that do not fit
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
@@ -180,9 +181,12 @@ def forward_kernel(
     rel_cols,
     output,
     logsumexp,
+    residual,
+    added_up,
     query_strides,
     key_strides,
     output_strides,
+    residual_strides,
     levels,
     positions,
     height,
@@ -200,7 +204,11 @@ def forward_kernel(
     CHUNK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of queries of one head. The values have the keys' strides."""
+    """One tile of queries of one head. The values have the keys' strides.
+
+    Where there is a ``residual``, its sum with the output goes to ``added_up``, with the output's
+    strides; the output may be None then.
+    """
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
     P: tl.constexpr = CHUNK_H * HALO_W
@@ -262,8 +270,19 @@ def forward_kernel(
     log_total = log2(tl.sum(total, 1))
     result *= tl.exp2(-log_total)[:, None]  # a division takes ten times as many instructions
     offsets = offsets_of(output_strides, rows, cols, width, PADDED_DIM)
-    base = base_of(output, output_strides, n, start, head, HEAD_DIM)
-    store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
+    if output is not None:
+        base = base_of(output, output_strides, n, start, head, HEAD_DIM)
+        store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
+    if residual is not None:
+        near = offsets_of(
+            residual_strides, clamp(rows, height), clamp(cols, width), width, PADDED_DIM
+        )
+        base = base_of(residual, residual_strides, n, start, head, HEAD_DIM)
+        # Rounded first, as the output is from which the backward adds it up again.
+        result = convert(result, query.dtype.element_ty).to(tl.float32)
+        result += load(base, near, HEAD_DIM, PADDED_DIM).to(tl.float32)
+        base = base_of(added_up, output_strides, n, start, head, HEAD_DIM)
+        store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
     plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
     maximum += log_total * LN_2
     tl.store(logsumexp + plane + (rows * width + cols), maximum, mask=inside)
