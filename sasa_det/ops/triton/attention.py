@@ -147,7 +147,10 @@ def forward_launch(
     arguments |= {"output": output, "logsumexp": logsumexp}
     arguments |= {"residual": residual, "added_up": added_up}
     arguments["residual_strides"] = None if residual is None else _strides(residual)
-    return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), options(call))
+    given = options(call)
+    if given["num_warps"] == 1:
+        given["maxnreg"] = 168  # for 12 warps on a multiprocessor; it would take up to 190
+    return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), given)
 
 
 def query_gradient_launch(
