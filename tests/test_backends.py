@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sasa_det.ops
 from sasa_det.ops import available_backends, local_attention, projected_attention, use_backend
+from sasa_det.ops.backends import allows
 from sasa_det.ops.calls import LARGE_BLOCK
 
 # Beside those of the operator's tests: maps of one vector a row to four, whole and with a rest, and
@@ -334,7 +335,10 @@ def test_denormal_numbers_are_zeros_inside_the_kernels_and_numbers_outside():
         ({"kernel_size": 7}, r"rel_rows must have the shape \(2, 7, 2\)"),
         ({"rel_cols": None}, "must be given together"),
         ({"num_heads": 3}, "8 channels do not divide into num_heads=3"),
-        ({"weight": torch.zeros(25, 8, 1, 1)}, "value must have the shape"),
+        ({"num_heads": 0}, "8 channels do not divide into num_heads=0"),
+        ({"weight": torch.zeros(25, 8, 1, 1)}, r"weight must have the shape \(3 \* C, 8, 1, 1\)"),
+        ({"weight": torch.zeros(24, 8, 3, 3)}, r"weight must have the shape \(3 \* C, 8, 1, 1\)"),
+        ({"x": torch.zeros(8, 6, 6)}, r"x must be \(N, C, H, W\)"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -357,6 +361,17 @@ def test_where_there_is_a_compiler_there_are_kernels():
 
 def test_the_eager_backend_is_everywhere():
     assert available_backends()["eager"] is None
+
+
+def test_threads_may_leave_the_backends_that_they_asked_for_in_any_order():
+    first, second = use_backend("eager"), use_backend("native")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert allows("native")
+    assert not allows("eager")
+    second.__exit__(None, None, None)
+    assert allows("eager")
 
 
 def test_a_forced_backend_that_cannot_serve_says_why():

@@ -211,6 +211,36 @@ def test_a_norm_is_computed_again_with_the_weights_of_the_forward():
     torch.testing.assert_close(*gradients)
 
 
+def test_what_is_changed_in_place_before_the_backward_is_noticed():
+    layer = pre_activation_layer()
+    output = layer(torch.randn(2, 32, 6, 5))
+    with torch.no_grad():
+        layer.attention.projection.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    x = torch.randn(2, 32, 6, 5)
+    output = layer(x)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_frozen_norm_needs_its_input_no_more():
+    layer, x = pre_activation_layer(), torch.randn(2, 32, 6, 5)
+    layer.norm.requires_grad_(False)
+    weight = layer.attention.projection.weight
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), weight)
+    output = layer(x)
+    loss = output.square().sum()
+    x.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), (wanted,))
+
+
+def test_a_pre_activation_layer_is_traced_with_and_without_gradients():
+    layer, x = pre_activation_layer(), torch.randn(2, 32, 6, 5)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
+
+
 class Transposing(torch.nn.Module):
     """Keeps a view of its input that has the same address and shape."""
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.ops import local_attention
 from sasa_det.ops.operator import operator
 
 CALLS = []
@@ -53,6 +54,22 @@ def test_it_is_dispatched_where_somebody_watches(dispatched, watching):
     with torch.no_grad(), watching():
         counted_sum(a, a)
     assert dispatched
+
+
+def test_a_minus_sign_that_was_put_off_is_not_lost():
+    q = torch.complex(torch.zeros(1, 4, 3, 3), torch.randn(1, 4, 3, 3)).conj().imag
+    assert q.is_neg()
+    arguments = {"rel_rows": None, "rel_cols": None, "num_heads": 2, "kernel_size": 3}
+    with torch.no_grad():
+        output = local_attention(q, q, q, **arguments)
+        assert torch.equal(output, local_attention(*[q.resolve_neg()] * 3, **arguments))
+
+
+def test_forward_mode_is_refused_and_not_taken_for_zero():
+    a = torch.randn(3)
+    for call in (counted_sum, torch.no_grad()(counted_sum)):
+        with pytest.raises(NotImplementedError, match="counted_sum has no derivative in forward"):
+            torch.func.jvp(lambda x, call=call: call(x, x), (a,), (a,))
 
 
 def test_tensors_without_numbers_and_of_other_classes_are_dispatched(dispatched):

@@ -156,3 +156,10 @@ def test_the_first_weight_is_of_the_windows_corner():
     )
     seen = output.float()[0].unflatten(0, (2, -1))[:, 0, 2, 4]
     torch.testing.assert_close(weights[0, :, 0, 2, 4], seen)
+
+
+def test_a_layer_may_be_called_by_keyword():
+    layer, x = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2), torch.randn(1, 8, 6, 7)
+    with record_attention(layer) as recorded:
+        layer(x=x)
+    torch.testing.assert_close(recorded[""][0], layer.attention_weights(x))

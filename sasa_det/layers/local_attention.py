@@ -16,6 +16,7 @@ from sasa_det.ops import (
     projected_attention,
 )
 from sasa_det.ops.checks import check_heads, check_kernel_size
+from sasa_det.ops.operator import makes_a_program
 from sasa_det.ops.projected import add_and_scale
 
 from .kept import computed_again
@@ -161,9 +162,18 @@ class PreActivationSelfAttention2d(nn.Module):
         fused = None if parts is None else normed_attention(x, [parts])
         if fused is not None:
             return fused
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return add_attention(x, self.attention, F.relu_(norm(x)))
-        return self._norm_computed_again(norm, x)
+        normed = norm(x)
+        if not normed.requires_grad or makes_a_program():
+            return add_attention(x, self.attention, F.relu_(normed))
+        # A group norm costs less to compute again than its output takes memory until then. The norm
+        # keeps x, but the module may have other weights by then.
+        parameters = (None if t is None else t.detach().clone() for t in (norm.weight, norm.bias))
+
+        def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.relu_(F.group_norm(x, norm.num_groups, weight, bias, norm.eps))
+
+        with computed_again(normed, compute, x, *parameters):
+            return add_attention(x, self.attention, F.relu_(normed))
 
     def parts(self) -> NormedLayer | None:
         """What it computes with; None where a module is replaced."""
@@ -185,17 +195,6 @@ class PreActivationSelfAttention2d(nn.Module):
             num_heads=attention.num_heads,
             kernel_size=attention.kernel_size,
         )
-
-    def _norm_computed_again(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        """A group norm costs less to compute again than its output takes memory until then."""
-        normed = norm(x)
-        # Which the norm keeps anyway; the module may have other weights by then.
-        kept, weight, bias = (
-            None if t is None else t.detach() for t in (x, norm.weight, norm.bias)
-        )
-        options = (norm.num_groups, weight, bias, norm.eps)
-        with computed_again(normed, lambda: F.relu_(F.group_norm(kept, *options))):
-            return add_attention(x, self.attention, F.relu_(normed))
 
 
 class NormReLU(nn.Sequential):

@@ -60,10 +60,11 @@ def record_attention(
         check_layer(name, known)
     recorded: dict[str, list] = {name: [] for name in names}
 
-    def recorder(name: str) -> Callable[[AttentionLayer, tuple[Tensor, ...]], None]:
-        def record(layer: AttentionLayer, inputs: tuple[Tensor, ...]) -> None:
+    def recorder(name: str) -> Callable[..., None]:
+        def record(layer: AttentionLayer, inputs: tuple[Tensor, ...], named: dict) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
             with torch.no_grad():
-                weights = layer.attention_weights(inputs[0][:num_images])
+                weights = layer.attention_weights(x[:num_images])
                 recorded[name].append(weights if keep is None else keep(layer, weights))
 
         return record
@@ -72,7 +73,7 @@ def record_attention(
         if "torch._dynamo" in sys.modules:  # a compiled model does not see hooks of later on
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name in names:
-            handle = known[name].register_forward_pre_hook(recorder(name))
+            handle = known[name].register_forward_pre_hook(recorder(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield recorded
 

@@ -143,8 +143,7 @@ class AttentionBottleneckBlock(CNNBlockBase):
             return self.attention_norm(self._pool(add_attention(residual, attention, x)))
         attended = add_attention(None, attention, x)
         total = x + attended
-        x, attended = x.detach(), attended.detach()  # which the attention keeps anyway
-        with computed_again(total, lambda: x + attended):
+        with computed_again(total, torch.add, x, attended):  # which the attention keeps anyway
             return self.attention_norm(self._pool(total))
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "eager": lambda: None,
 }
 
-# One for the process, not one a thread: autograd runs the backward of CUDA in a thread of its own.
-_forced: str | None = None
+# Names, the last of which counts. The process has one list and not each thread, because autograd runs
+# the backward of CUDA in a thread of its own.
+_asked_for: list[str] = []
 
 
 def available_backends() -> dict[str, str | None]:
@@ -79,12 +80,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: at once, for a name that does not exist.
         RuntimeError: from the operators, where the backend does not serve a call; it says why.
     """
-    global _forced
-    previous, _forced = _forced, _checked(name)
+    _asked_for.append(_checked(name))
     try:
         yield
     finally:
-        _forced = previous
+        # Its own: threads leave in any order.
+        del _asked_for[len(_asked_for) - 1 - _asked_for[::-1].index(name)]
 
 
 def find(operator: str, call: Call) -> Implementation | None:
@@ -97,7 +98,7 @@ def find(operator: str, call: Call) -> Implementation | None:
 
 def allows(name: str) -> bool:
     """Whether this backend may serve calls: each may, unless another one was asked for."""
-    return _forced in (None, name)
+    return not _asked_for or _asked_for[-1] == name
 
 
 def choose(operator: str, call: Call) -> Implementation:
@@ -109,7 +110,7 @@ def choose(operator: str, call: Call) -> Implementation:
     found = find(operator, call)
     if found is not None:
         return found
-    name = _forced or next(iter(_IMPLEMENTATIONS[operator]))
+    name = _asked_for[-1] if _asked_for else next(iter(_IMPLEMENTATIONS[operator]))
     implementation = _IMPLEMENTATIONS[operator].get(name)
     reason = "it does not implement it" if implementation is None else implementation.refuses(call)
     raise RuntimeError(
@@ -124,4 +125,4 @@ def _checked(name: str) -> str:
 
 
 if os.environ.get("SASA_DET_BACKEND"):
-    _forced = _checked(os.environ["SASA_DET_BACKEND"])
+    _asked_for.append(_checked(os.environ["SASA_DET_BACKEND"]))

@@ -33,6 +33,18 @@ def check_projected_attention(call: ProjectedCall) -> None:
             check_tensor(name, getattr(call, name), queries.shape[1:2], like=call.x)
 
 
+def check_projection(x: Tensor, weight: Tensor, num_heads: int) -> None:
+    """That there are queries, keys and values of so many heads."""
+    check_map("x", x)
+    rows = weight.shape[0]
+    if weight.shape[1:] != (x.shape[1], 1, 1) or rows % 3:
+        raise ValueError(
+            f"weight must have the shape (3 * C, {x.shape[1]}, 1, 1), "
+            f"but has {tuple(weight.shape)}."
+        )
+    check_heads(rows // 3, num_heads)
+
+
 def check_scale_and_shift(scale: Tensor | None, shift: Tensor | None) -> None:
     if (scale is None) != (shift is None):
         raise ValueError("output_scale and output_shift must be given together, or both be None.")

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends import allows
 from .calls import GroupNormCall, Levels
-from .operator import somebody_looks
+from .operator import needs_dispatcher
 from .triton import group_norm as kernels
 
 
@@ -49,7 +49,7 @@ def served_call(
     """What the kernels are to be called with; None if they do not serve it."""
     if weight is None or bias is None or x.dim() != 4 or x.shape[1] % num_groups:
         return None
-    if not allows("triton") or somebody_looks((x, weight, bias)):
+    if not allows("triton") or needs_dispatcher((x, weight, bias)):
         return None
     call = GroupNormCall(x, weight, bias, None, num_groups, eps, levels)
     return call if kernels.refuses(call) is None else None

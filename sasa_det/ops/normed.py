@@ -13,7 +13,7 @@ from .calls import AttentionCall, GroupNormCall, Levels
 from .checks import check_attention
 from .functional import cast_embeddings, cast_for_autocast
 from .group_norm import served_call
-from .operator import autocast_is_on, somebody_looks, without_autocast
+from .operator import autocast_is_on, needs_dispatcher, without_autocast
 from .projected import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
@@ -45,7 +45,7 @@ class NormedLayer(NamedTuple):
     def has_norm_for(self, x: Tensor, levels: Levels | None) -> bool:
         """Whether the norm's kernels serve it, and nobody wants to see operators."""
         norm = (self.num_groups, self.norm_weight, self.norm_bias, self.eps)
-        return served_call(x, *norm, levels) is not None and not somebody_looks(self[:_TENSORS])
+        return served_call(x, *norm, levels) is not None and not needs_dispatcher(self[:_TENSORS])
 
     def has_attention_for(self, x: Tensor, levels: Levels | None) -> bool:
         """Whether the attention's kernels serve it, if it is no predictor."""
@@ -217,7 +217,7 @@ def _layers(tensors: Sequence[Any], options: Sequence[tuple]) -> list[NormedLaye
 def can_pack_levels(maps: Sequence[Tensor]) -> bool:
     """Whether there are kernels for such maps, packed by :func:`pack_levels`."""
     first = maps[0]
-    if somebody_looks(tuple(maps)) or not allows("triton") or refuses_tensor(first) is not None:
+    if needs_dispatcher(tuple(maps)) or not allows("triton") or refuses_tensor(first) is not None:
         return False
     alike = (first.dtype, first.device, first.shape[:2])
     return all((x.dtype, x.device, x.shape[:2]) == alike for x in maps)

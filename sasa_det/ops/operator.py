@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _profiler_enabled
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.library import custom_op
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -25,6 +25,7 @@ class Operator:
 
     def __init__(self, signature: str, function: Callable) -> None:
         name, parenthesis, schema = signature.partition("(")
+        self._name = name
         self._function = without_autocast(function)
         self._registered = custom_op(
             f"sasa_det::{name}", self._function, mutates_args=(), schema=parenthesis + schema
@@ -33,10 +34,21 @@ class Operator:
         self.register_autograd = self._registered.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
         # A compiler cannot read the last question, and gets no further than the second.
-        if torch.is_grad_enabled() or somebody_looks(arguments) or _profiler_enabled():
+        if torch.is_grad_enabled() or needs_dispatcher(arguments) or _profiler_enabled():
             return self._registered(*arguments)
         return self._function(*arguments)
+
+    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
+        """torch would take the derivative for zero."""
+        tensors = (x for x in arguments if isinstance(x, Tensor))
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise NotImplementedError(
+                f"sasa_det::{self._name} has no derivative in forward mode; "
+                "use torch.autograd.grad or backward()."
+            )
 
 
 def operator(signature: str) -> Callable[[Callable], Operator]:
@@ -55,15 +67,19 @@ def autocast_is_on(device_type: str) -> bool:
     return available and torch.is_autocast_enabled(device_type)
 
 
-def somebody_looks(arguments: tuple[Any, ...]) -> bool:
-    """Whether anything wants to see what operators are called with, autograd aside."""
+def needs_dispatcher(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything but autograd wants to see what operators are called with, or must."""
     if makes_a_program() or is_in_torch_dispatch_mode():
         return True
     if torch._C._are_functorch_transforms_active():
         return True
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    # Subclasses have their own ways; tensors without numbers only have shapes.
-    return any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors)
+    return any(_is_special(x) for x in arguments if isinstance(x, Tensor))
+
+
+def _is_special(x: Tensor) -> bool:
+    """Whether its memory is not all there is to it: subclasses have their own ways, tensors
+    without numbers only have shapes, and a minus sign may have been put off."""
+    return type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.is_neg()
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
-from .checks import check_scale_and_shift
+from .checks import check_projection, check_scale_and_shift
 from .functional import cast_embeddings, cast_for_autocast, local_attention
 from .operator import makes_a_program, without_autocast
 from .registration import (
@@ -54,7 +54,11 @@ def projected_attention(
 
     Returns:
         Tensor[N, C, H, W].
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit together.
     """
+    check_projection(x, weight, num_heads)
     x, weight, bias = cast_for_autocast(x, weight, bias)
     tensors = (x, weight, bias, *cast_embeddings(x, rel_rows, rel_cols))
     # Not cast, as a sum under autocast has the wider of two dtypes.
