@@ -98,6 +98,27 @@ class WholeCheckpointer(SafeCheckpointer):
         return all(key in content for key in self.checkpointables)
 
 
+class StrictCheckpointer(WholeCheckpointer):
+    """Refuses what detectron2 warns of: a model that predicts needs each of its weights."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        # Which few checkpoints of other origin have, and only training reads.
+        names = [n for n in incompatible.missing_keys if not n.endswith("num_batches_tracked")]
+        if names:
+            shapes = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
+            name = next((name for name in names if name in shapes), names[0])
+            first = f"{name} is not in it"
+            if name in shapes:
+                first = shape_mismatch(name, *shapes[name])
+            raise ValueError(
+                f"The checkpoint does not fit the config: {len(names)} of the "
+                f"model's tensors are missing or of another shape, for instance {first}; give the "
+                "config it was trained with."
+            )
+        return incompatible
+
+
 def what_is_damaged(path: Path) -> str | None:
     """None for a file of torch.save that has every byte as it was written."""
     try:

@@ -124,7 +124,10 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise ValueError(_wrong_type(cfg, error, f" in {config_file}")) from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config file {config_file!r} is no plain YAML: {reason}") from error
+        raise ValueError(
+            f"The config file {config_file!r} is no plain YAML, and Python in it is not executed; "
+            f"write out what it computes: {reason}"
+        ) from error
     except AssertionError as error:
         raise ValueError(f"The config file {config_file!r} is no config: {error}") from error
     except (AttributeError, TypeError) as error:
@@ -166,6 +169,11 @@ def check_sasa_config(cfg: CfgNode) -> None:
             f"INPUT.MAX_SCALE must be INPUT.MIN_SCALE, {resizing.MIN_SCALE}, or more, but is "
             f"{resizing.MAX_SCALE}."
         )
+    if resizing.IMAGE_SIZE and resizing.CROP.ENABLED:
+        raise ValueError(
+            "INPUT.CROP.ENABLED has no effect beside INPUT.IMAGE_SIZE, which cuts squares out "
+            "itself; set one of them to False or 0."
+        )
     if sasa.POSITION == "absolute" and sasa.STEM == "attention":
         raise ValueError(
             "MODEL.SASA.POSITION is absolute, for which the three channels of an image leave the "
@@ -198,15 +206,16 @@ def _check_channels(cfg: CfgNode) -> None:
     """Every attention layer's channels must divide into heads of an even size."""
     sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
     bottleneck = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
+    is_ours = "sasa" in cfg.MODEL.BACKBONE.NAME
     channels = {
         f"{stage} (MODEL.RESNETS.WIDTH_PER_GROUP)": bottleneck * 2**i
         for i, stage in enumerate(STAGES)
-        if stage in sasa.ATTENTION_STAGES
+        if is_ours and stage in sasa.ATTENTION_STAGES
     }
-    if sasa.STEM == "attention":
+    if is_ours and sasa.STEM == "attention":
         channels["the stem (MODEL.RESNETS.STEM_OUT_CHANNELS)"] = resnets.STEM_OUT_CHANNELS
     attention_head = sasa.HEAD_ATTENTION and cfg.MODEL.META_ARCHITECTURE == "SASARetinaNet"
-    if sasa.FPN_ATTENTION or attention_head:
+    if (is_ours and sasa.FPN_ATTENTION) or attention_head:
         channels["the FPN (MODEL.FPN.OUT_CHANNELS)"] = cfg.MODEL.FPN.OUT_CHANNELS
     for part, number in channels.items():
         if number % (2 * sasa.NUM_HEADS):

@@ -74,6 +74,10 @@ def check_launch(args: argparse.Namespace, device: str) -> None:
                 f"torchrun started {local} processes here, but this machine has {gpus} GPUs; give "
                 f"it --nproc-per-node {gpus}."
             )
+    elif args.num_gpus < 1:
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, but must be 1 or more; MODEL.DEVICE cpu uses none."
+        )
     elif args.num_gpus > 1 and args.num_gpus > gpus:
         raise ValueError(
             f"--num-gpus is {args.num_gpus}, but this machine has {gpus}; several processes on "

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ def give_errors_as_losses(detector: nn.Module) -> None:
     detectron2's region proposal network raises FloatingPointError, in the one process whose images
     it met; the others would wait for its gradients.
     """
-    # A method of the detector's own, which copies of it get as theirs.
-    detector.forward = MethodType(_forward, detector)
+    # As a method, but one that can be pickled; copies of the detector get it as theirs.
+    detector.forward = partial(_forward, detector)
 
 
 def _forward(detector: Any, batch: Any) -> Any:

@@ -15,9 +15,8 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from sasa_det.checkpoint import check_weights, shape_mismatch
+from sasa_det.checkpoint import StrictCheckpointer, check_weights
 from sasa_det.config import load_config
-from sasa_det.weight_files import SafeCheckpointer
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -56,34 +55,13 @@ def load_model(cfg: CfgNode) -> nn.Module:
     """
     model = build_model(cfg.clone()).eval()
     try:
-        _StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"The checkpoint {cfg.MODEL.WEIGHTS!r} of MODEL.WEIGHTS cannot be read: {reason}"
         ) from error
     return model
-
-
-class _StrictCheckpointer(SafeCheckpointer):
-    """Refuses what detectron2 warns of: a model that predicts needs each of its weights."""
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        # Which few checkpoints of other origin have, and only training reads.
-        names = [n for n in incompatible.missing_keys if not n.endswith("num_batches_tracked")]
-        if names:
-            shapes = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
-            name = next((name for name in names if name in shapes), names[0])
-            first = f"{name} is not in it"
-            if name in shapes:
-                first = shape_mismatch(name, *shapes[name])
-            raise ValueError(
-                f"The checkpoint of MODEL.WEIGHTS does not fit the config: {len(names)} of the "
-                f"model's tensors are missing or of another shape, for instance {first}; give the "
-                "config it was trained with."
-            )
-        return incompatible
 
 
 def find_pictures(where: Sequence[str]) -> list[str]:

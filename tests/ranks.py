@@ -66,7 +66,7 @@ class SpoiledTrainer(Trainer):
 
         loader = TrainLoader(cfg, spoil)
         index, _ = next(islice(loader.batches(), 1, 2))[1]
-        bad = loader.images[index]["file_name"]
+        bad = loader.mapped._dataset[index]["file_name"]
         return loader
 
 

@@ -288,7 +288,9 @@ def test_batches_cover_an_epoch_once_and_continue_alike_from_any_step():
 
 def test_labels_are_the_trainings_where_validation_lacks_a_class(pictures, tmp_path):
     (tmp_path / "train").symlink_to(pictures / "train")
-    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "1").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"val' has no images"):
+        load_images(str(tmp_path), "folder")
     (tmp_path / "val" / "7").symlink_to(pictures / "val" / "7")
     train_images, val_images = load_images(str(tmp_path), "folder")
     assert train_images.classes == CLASSES

@@ -60,6 +60,10 @@ def test_overrides_of_the_command_line_win():
         (["MODEL.SASA.STEM", "3"], "STEM must be one of conv, attention, but is 3, of type int"),
         (["MODEL.SASA.STEM.a", "3"], "no config key 'MODEL.SASA.STEM.a'"),
         (["MODEL.SASA", "3"], "MODEL.SASA must be a section with keys, but is 3"),
+        (
+            ["INPUT.IMAGE_SIZE", "128", "INPUT.CROP.ENABLED", "True"],
+            "CROP.ENABLED has no effect beside INPUT.IMAGE_SIZE",
+        ),
         (["INPUT.MAX_SCALE", "0.4"], "MAX_SCALE must be INPUT.MIN_SCALE, 0.5, or more, but is 0.4"),
         (["MODEL.SASA.NUM_HEADS", "3"], "NUM_HEADS is 3, which does not divide the 64 channels"),
         (["MODEL.SASA.NUM_HEADS", "64"], "NUM_HEADS is 64.*heads of an even size"),
@@ -70,6 +74,13 @@ def test_overrides_of_the_command_line_win():
 def test_a_wrong_value_is_named_with_what_is_allowed(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(FULL, overrides)
+
+
+def test_heads_are_asked_of_models_with_attention_only():
+    plain = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RESNETS.WIDTH_PER_GROUP", "12"]
+    load_config(FULL, [*plain, "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"])
+    with pytest.raises(ValueError, match="NUM_HEADS is 8, which does not divide the 12 channels"):
+        load_config(FULL, plain)
 
 
 def test_an_unknown_key_in_a_file_is_named(tmp_path):

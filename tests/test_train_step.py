@@ -1,5 +1,7 @@
 """A step in parts, and in mixed precision: what is equal to the plain step, and what is refused."""
 
+import copy
+import io
 import re
 
 import pytest
@@ -16,7 +18,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from sasa_det.config import check_processes, load_config
-from sasa_det.divergence import DivergedError, are_finite
+from sasa_det.divergence import DivergedError, are_finite, give_errors_as_losses
 from sasa_det.train_step import StepTrainer
 
 DEMO = str(CONFIGS / "demo.yaml")
@@ -220,3 +222,32 @@ def test_what_is_great_is_finite():
     assert are_finite([great, torch.zeros(3)])
     assert not are_finite([great, torch.tensor([1.0, float("inf")])])
     assert not are_finite([torch.tensor([float("nan")]), great])
+
+
+def test_losses_without_gradients_leave_the_average_of_the_training_alone():
+    model, (batch, *_) = make_model(*GROUP_NORMS), make_batches(1)
+    model.num_parts = 2
+    with EventStorage():
+        wanted = model(batch)
+        foreground = model._foreground.clone()
+        model.loss_normalizer = 50
+        with torch.no_grad():
+            losses = model(batch)
+    assert model.loss_normalizer == 50
+    assert torch.equal(model._foreground, foreground)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, 2 * wanted[name].detach() / model.num_parts)
+
+
+def test_a_trained_model_may_be_pickled_and_copied():
+    model, (batch, *_) = make_model(*GROUP_NORMS), make_batches(1)
+    give_errors_as_losses(model)
+    content = io.BytesIO()
+    torch.save(model, content)
+    content.seek(0)
+    copies = [torch.load(content, weights_only=False), copy.deepcopy(model)]
+    with EventStorage():
+        wanted = model(batch)
+        for other in copies:
+            assert other.forward.args == (other,)
+            assert other(batch).keys() == wanted.keys()

@@ -72,11 +72,16 @@ def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_
     folder, _ = trained
     moved = tmp_path / "weights.pth"
     moved.write_bytes((folder / "model_final.pth").read_bytes())
-    run = train_net("--config", "configs/demo.yaml", "--eval-only", *QUICK, "MODEL.WEIGHTS", moved)
+    (tmp_path / "config.yaml").write_text("of the training")
+    command = ["--config", "configs/demo.yaml", "--eval-only", *QUICK, "MODEL.WEIGHTS", moved]
+    run = train_net(*command)
     assert "copypaste: AP,AP50,AP75,APs,APm,APl" in run.stdout + run.stderr
     results = json.loads((tmp_path / "evaluation.json").read_text())
     # Two steps detect nothing: that is an AP of zero, not an unknown one.
     assert all(results["sasa_digits_val"]["bbox"][name] is not None for name in AP_NAMES)
+    assert (tmp_path / "config.yaml").read_text() == "of the training"
+    run = train_net(*command, "MODEL.RETINANET.NUM_CONVS", 3, check=False)
+    assert "error: The checkpoint does not fit the config" in run.stderr.splitlines()[-1]
 
 
 def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):
@@ -120,12 +125,17 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, ov
             "instances_train2017.json, which does not exist; set DETECTRON2",
         ),
         (["--config", "configs/demo.yaml", "--num-gpus", "99"], "--num-gpus is 99"),
+        (["--config", "configs/demo.yaml", "--num-gpus", "0"], "--num-gpus is 0"),
         (["--config", "configs/demo.yaml", "--eval-only"], "--eval-only needs weights"),
+        (
+            ["--config", "configs/demo.yaml", "--eval-only", "--resume", "OUTPUT_DIR", "none"],
+            "the last checkpoint of OUTPUT_DIR, which is 'none'",
+        ),
         (["--config", "configs/demo.yaml", "MODEL.WEIGHTS", "a.pth"], "checkpoint 'a.pth'"),
         (["--config", "configs/demo.yaml", "MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT is 2"),
         ([], "--config FILE is missing"),
     ],
-    ids=["file", "key", "heads", "dataset", "gpus", "eval", "weights", "frozen", "nothing"],
+    ids=lambda x: x.split("'")[0][:30] if isinstance(x, str) else "",
 )
 def test_a_mistake_is_answered_in_one_sentence(arguments, sentence, tmp_path):
     run = train_net(*arguments, datasets=tmp_path, check=False)

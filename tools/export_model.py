@@ -11,6 +11,7 @@ backbone; both for any batch, height and width. docs/deployment.md says what goe
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ from sasa_det.deployment import (
     open_onnx,
     run_onnx,
 )
-from sasa_det.deployment.export import require
+from sasa_det.deployment.export import METADATA_KEY, require
 from sasa_det.prediction import load_model
 
 # Of what eager computes, in the norm over all values of an output.
@@ -79,7 +80,9 @@ def main() -> None:
         session = open_onnx(output)
         exported: Run = lambda images: run_onnx(session, images)  # noqa: E731
     else:
-        torch.export.save(export_program(network, keep_operators=args.keep_operators), output)
+        program = export_program(network, keep_operators=args.keep_operators)
+        about = {METADATA_KEY: json.dumps(metadata(cfg))}
+        torch.export.save(program, output, extra_files=about)
         program = torch.export.load(output).module()
         exported = lambda images: list(program(images))  # noqa: E731
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

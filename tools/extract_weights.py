@@ -29,6 +29,10 @@ def main() -> None:
     check_suffix(args.output)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"The checkpoint {args.checkpoint!r} does not exist.")
+    if Path(args.output).exists() and Path(args.output).samefile(args.checkpoint):
+        raise ValueError(
+            f"The output {args.output!r} is the checkpoint itself; give it another name."
+        )
     content = read_weights(args.checkpoint)
     tensors = model_of(content, args.checkpoint)
     heuristics = bool(content.get("matching_heuristics"))

@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
-from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, check_weights
+from sasa_det.checkpoint import CheckpointError, StrictCheckpointer, check_weights
 from sasa_det.config import check_processes, check_trainable, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.distributed import check_launch, launch, num_processes
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     cfg = args.cfg
-    default_setup(cfg, args)
+    set_up(cfg, args)
     if comm.is_main_process():
         for warning in args.dataset_warnings:
             logging.getLogger("detectron2").warning(warning)
@@ -51,13 +51,26 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger("detectron2").warning("No GPU is used: running on the CPU.")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = WholeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        try:
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         Trainer.test(cfg, model)
         return
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
+
+
+def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """detectron2's ``default_setup``; but an evaluation leaves the config that it finds."""
+    file = Path(cfg.OUTPUT_DIR, "config.yaml")
+    before = file.read_bytes() if args.eval_only and file.is_file() else None
+    comm.synchronize()  # all have read it
+    default_setup(cfg, args)
+    if before is not None and comm.is_main_process():
+        file.write_bytes(before)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -72,15 +85,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     args.dataset_warnings = check_config_datasets(cfg, training=not args.eval_only)
     cfg.defrost()
     weights = cfg.MODEL.WEIGHTS
-    if args.eval_only and not weights and not args.resume:
+    has_checkpoint = Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    if args.eval_only and not weights and not (args.resume and has_checkpoint):
         raise ValueError(
             "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
-            "checkpoint of OUTPUT_DIR."
+            f"checkpoint of OUTPUT_DIR, which is {cfg.OUTPUT_DIR!r}."
         )
-    check_weights(weights, cfg)
+    if not (args.resume and has_checkpoint):  # else nobody reads them
+        check_weights(weights, cfg)
     if not args.eval_only and not args.resume:
         check_trainable(cfg)
-    if args.eval_only and weights and "OUTPUT_DIR" not in args.opts:
+    is_file = bool(weights) and "://" not in weights
+    if args.eval_only and is_file and not args.resume and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

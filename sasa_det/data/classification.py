@@ -49,6 +49,8 @@ def load_images(root: str, data_format: str) -> tuple[LabelledImages, LabelledIm
             )
     train = ImageFolder(str(Path(root) / "train"))
     val = ImageFolder(str(Path(root) / "val"), allow_empty=True)
+    if not val.samples:
+        raise FileNotFoundError(f"{val.root!r} has no images; validation needs some.")
     unknown = [name for name in val.classes if name not in train.class_to_idx]
     if unknown:
         raise ValueError(

@@ -39,12 +39,14 @@ class TrainLoader:
 
     def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict]) -> None:
         options = _train_loader_from_config(cfg, mapper=mapper)
-        self.images = options["dataset"]
+        images = options["dataset"]
+        # And not the images, of which the workers have another copy.
+        self.is_wide = np.array([image["width"] > image["height"] for image in images])
         self.sampler = options["sampler"]
         self.batch_size = options["total_batch_size"]
         self.is_grouped = options["aspect_ratio_grouping"]
         self.num_workers = options["num_workers"]
-        self.mapped = MapDataset(DatasetFromList(self.images, copy=False), mapper)
+        self.mapped = MapDataset(DatasetFromList(images, copy=False), mapper)
         seed = self.sampler._seed
         # detectron2's later versions take SEED -1, which is for any seed, by its word.
         self.seed: int = seed if seed >= 0 else comm.shared_random_seed()
@@ -77,10 +79,9 @@ class TrainLoader:
             places = self.places()
             while True:
                 yield list(islice(places, self.batch_size))
-        is_wide = [image["width"] > image["height"] for image in self.images]
         groups: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for index, place in self.places():
-            group = groups[is_wide[index]]
+            group = groups[bool(self.is_wide[index])]
             group.append((index, place))
             if len(group) == self.batch_size:
                 yield group[:]

@@ -78,6 +78,8 @@ class SASARetinaNet(RetinaNet):
         with torch.jit.optimized_execution(logits[0].device.type != "cpu"):
             losses = super().losses(anchors, logits, gt_labels, deltas, gt_boxes)
         average_here, self.loss_normalizer = self.loss_normalizer, average
+        if not torch.is_grad_enabled():  # nobody learns from it: the average is of the training
+            return {name: loss * (average_here / average) for name, loss in losses.items()}
         labels = torch.stack(gt_labels)
         foreground = ((labels >= 0) & (labels != self.num_classes)).sum()
         self._foreground = foreground if self._foreground is None else self._foreground + foreground

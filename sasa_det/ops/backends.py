@@ -53,8 +53,8 @@ _UNAVAILABLE: dict[str, Callable[[], str | None]] = {
     "eager": lambda: None,
 }
 
-# Names, the last of which counts. The process has one list and not each thread, because autograd runs
-# the backward of CUDA in a thread of its own.
+# Names, the last of which counts. There is one list for all threads, because autograd runs the
+# backward of CUDA in a thread of its own.
 _asked_for: list[str] = []
 
 
