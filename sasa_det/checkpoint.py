@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and what can be known of one before a model starts."""
 
+import contextlib
 import logging
 import re
 import zipfile
@@ -166,10 +167,19 @@ def check_weights(path: str, cfg: CfgNode) -> None:
         mismatches += [f"{block} is not in {where}" for block in missing]
     if mismatches:
         raise ValueError(
-            f"The checkpoint {path!r} of MODEL.WEIGHTS is of another depth, width or window than "
+            f"The checkpoint {path!r} is of another depth, width or window than "
             f"the config's backbone: {'; '.join(mismatches[:SHOWN_MISMATCHES])}; set "
             "MODEL.RESNETS and MODEL.SASA to what it was trained with."
         )
+
+
+def check_last_checkpoint(cfg: CfgNode) -> None:
+    """The same for what is resumed from; where it is damaged or lost, an earlier one will be."""
+    tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    path = tag.parent / tag.read_text(errors="replace").strip()
+    if path.is_file():
+        with contextlib.suppress(RefusedWeightsError):
+            check_weights(str(path), cfg)
 
 
 def warn_of_frozen_random_weights(cfg: CfgNode) -> None:

@@ -68,6 +68,12 @@ def test_resuming_continues_where_the_checkpoint_ends(trained):
     assert {float(moments["step"]) for moments in optimizer["state"].values()} == {4.0}
 
 
+def test_a_checkpoint_of_another_backbone_is_not_resumed_from(trained):
+    command = ["--config", "configs/demo.yaml", "--resume", *QUICK, "OUTPUT_DIR", trained[0]]
+    run = train_net(*command, "MODEL.SASA.KERNEL_SIZE", 7, check=False)
+    assert "is of another depth, width or window" in run.stderr.splitlines()[-1]
+
+
 def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_path):
     folder, _ = trained
     moved = tmp_path / "weights.pth"

@@ -24,7 +24,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 
-from sasa_det.checkpoint import CheckpointError, StrictCheckpointer, check_weights
+from sasa_det.checkpoint import (
+    CheckpointError,
+    StrictCheckpointer,
+    check_last_checkpoint,
+    check_weights,
+)
 from sasa_det.config import check_processes, check_trainable, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.distributed import check_launch, launch, num_processes
@@ -91,7 +96,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "--eval-only needs weights: add MODEL.WEIGHTS FILE, or --resume for the last "
             f"checkpoint of OUTPUT_DIR, which is {cfg.OUTPUT_DIR!r}."
         )
-    if not (args.resume and has_checkpoint):  # else nobody reads them
+    if args.resume and has_checkpoint:  # then nobody reads the others
+        check_last_checkpoint(cfg)
+    else:
         check_weights(weights, cfg)
     if not args.eval_only and not args.resume:
         check_trainable(cfg)
