@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     cfg = args.cfg
-    set_up(cfg, args)
+    start(cfg, args)
     if comm.is_main_process():
         for warning in args.dataset_warnings:
             logging.getLogger("detectron2").warning(warning)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+def start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """detectron2's ``default_setup``; but an evaluation leaves the config that it finds."""
     file = Path(cfg.OUTPUT_DIR, "config.yaml")
     before = file.read_bytes() if args.eval_only and file.is_file() else None
