@@ -132,6 +132,7 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, ov
         ),
         (["--config", "configs/demo.yaml", "--num-gpus", "99"], "--num-gpus is 99"),
         (["--config", "configs/demo.yaml", "--num-gpus", "0"], "--num-gpus is 0"),
+        (["--config", "configs/demo.yaml", "TEST.AUG.ENABLED", "True"], "TEST.AUG.ENABLED is True"),
         (["--config", "configs/demo.yaml", "--eval-only"], "--eval-only needs weights"),
         (
             ["--config", "configs/demo.yaml", "--eval-only", "--resume", "OUTPUT_DIR", "none"],

@@ -89,6 +89,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     args.dataset_warnings = check_config_datasets(cfg, training=not args.eval_only)
     cfg.defrost()
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True, but this tool evaluates without augmentation; set it to "
+            "False, or evaluate with detectron2's GeneralizedRCNNWithTTA."
+        )
     weights = cfg.MODEL.WEIGHTS
     has_checkpoint = Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
     if args.eval_only and not weights and not (args.resume and has_checkpoint):
