@@ -112,10 +112,10 @@ class StrictCheckpointer(WholeCheckpointer):
             first = f"{name} is not in it"
             if name in shapes:
                 first = shape_mismatch(name, *shapes[name])
-            raise ValueError(
-                f"The checkpoint does not fit the config: {len(names)} of the "
-                f"model's tensors are missing or of another shape, for instance {first}; give the "
-                "config it was trained with."
+            raise RefusedWeightsError(
+                f"The checkpoint does not fit the config: {len(names)} of the model's tensors are "
+                f"missing or of another shape, for instance {first}; give the config it was "
+                "trained with."
             )
         return incompatible
 

@@ -57,10 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        try:
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
         return
     trainer = Trainer(cfg)

@@ -177,21 +177,13 @@ class PreActivationSelfAttention2d(nn.Module):
 
     def parts(self) -> NormedLayer | None:
         """What it computes with; None where a module is replaced."""
-        norm, attention = self.norm, self.attention
-        if not is_plain(norm, nn.GroupNorm) or not is_plain(attention, LocalSelfAttention2d):
+        attention = self.attention
+        if not is_plain(attention, LocalSelfAttention2d) or attention.position == "absolute":
             return None
-        projection = attention.projection
-        if attention.position == "absolute" or not is_pointwise(projection):
-            return None
-        return NormedLayer(
-            norm.weight,
-            norm.bias,
-            projection.weight,
-            projection.bias,
-            attention.rel_rows,
-            attention.rel_cols,
-            num_groups=norm.num_groups,
-            eps=norm.eps,
+        layer = normed_projection(self.norm, attention.projection)
+        return layer and layer._replace(
+            rel_rows=attention.rel_rows,
+            rel_cols=attention.rel_cols,
             num_heads=attention.num_heads,
             kernel_size=attention.kernel_size,
         )
@@ -216,23 +208,7 @@ class NormReLU(nn.Sequential):
     def parts(self, projection: nn.Module) -> NormedLayer | None:
         """What it computes with, and the 1x1 convolution behind it; None where that is another one
         or a module is replaced."""
-        norm = self[0]
-        if not self._is_itself() or not is_plain(norm, nn.GroupNorm):
-            return None
-        if not is_pointwise(projection):
-            return None
-        return NormedLayer(
-            norm.weight,
-            norm.bias,
-            projection.weight,
-            projection.bias,
-            rel_rows=None,
-            rel_cols=None,
-            num_groups=norm.num_groups,
-            eps=norm.eps,
-            num_heads=None,
-            kernel_size=1,
-        )
+        return normed_projection(self[0], projection) if self._is_itself() else None
 
     def _is_itself(self) -> bool:
         return len(self) == 2 and is_plain(self[1], nn.ReLU)
@@ -244,6 +220,24 @@ def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> T
         return attention.add_to(residual, x)
     output = attention(x)
     return output if residual is None else residual + output
+
+
+def normed_projection(norm: nn.Module, projection: nn.Module) -> NormedLayer | None:
+    """What a norm and the projection behind it compute with; None where one is not plain."""
+    if not is_plain(norm, nn.GroupNorm) or not is_pointwise(projection):
+        return None
+    return NormedLayer(
+        norm.weight,
+        norm.bias,
+        projection.weight,
+        projection.bias,
+        rel_rows=None,
+        rel_cols=None,
+        num_groups=norm.num_groups,
+        eps=norm.eps,
+        num_heads=None,
+        kernel_size=1,
+    )
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:

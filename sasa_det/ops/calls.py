@@ -115,6 +115,12 @@ def empty_map(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Ten
     )
 
 
+def empty_logsumexp(x: Tensor, num_heads: int) -> Tensor:
+    """(N, num_heads, H, W) in float32, for a map (N, C, H, W)."""
+    n, _, height, width = x.shape
+    return x.new_empty((n, num_heads, height, width), dtype=torch.float32)
+
+
 def empty_pooled(call: StemCall) -> Tensor:
     """(N, C, blocks down, blocks across) for the pooled stem's maximum.
 

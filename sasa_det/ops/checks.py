@@ -19,7 +19,7 @@ def check_attention(call: AttentionCall) -> None:
 
 def check_projected_attention(call: ProjectedCall) -> None:
     """What :func:`check_attention` would say of the queries, keys and values."""
-    check_map("x", call.x)
+    check_projection(call.x, call.weight, call.num_heads)
     queries = call.x[:, :1].expand(-1, call.weight.shape[0] // 3, -1, -1)
     embeddings = (call.rel_rows, call.rel_cols)
     check_attention(
@@ -36,13 +36,12 @@ def check_projected_attention(call: ProjectedCall) -> None:
 def check_projection(x: Tensor, weight: Tensor, num_heads: int) -> None:
     """That there are queries, keys and values of so many heads."""
     check_map("x", x)
-    rows = weight.shape[0]
-    if weight.shape[1:] != (x.shape[1], 1, 1) or rows % 3:
+    if weight.shape[1:] != (x.shape[1], 1, 1) or weight.shape[0] % 3:
         raise ValueError(
             f"weight must have the shape (3 * C, {x.shape[1]}, 1, 1), "
             f"but has {tuple(weight.shape)}."
         )
-    check_heads(rows // 3, num_heads)
+    check_heads(weight.shape[0] // 3, num_heads)
 
 
 def check_scale_and_shift(scale: Tensor | None, shift: Tensor | None) -> None:

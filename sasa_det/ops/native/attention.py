@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, ProjectedCall, empty_gradient
+from ..calls import AttentionCall, ProjectedCall, empty_gradient, empty_logsumexp
 from . import library
 
 
@@ -50,11 +50,6 @@ def run_backward(
     arguments.grad_embeddings = parts.data_ptr()
     library.run("sasa_det_attention_backward", arguments)
     return [parts[:, axis].sum(dim=0) for axis in (0, 1)]
-
-
-def empty_logsumexp(output: Tensor, num_heads: int) -> Tensor:
-    n, _, height, width = output.shape
-    return output.new_empty((n, num_heads, height, width), dtype=torch.float32)
 
 
 def attention_arguments(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..calls import ProjectedCall, empty_map, memory_format
+from ..calls import ProjectedCall, empty_logsumexp, empty_map, memory_format
 from . import library
-from .attention import attention_arguments, empty_logsumexp, number_of_bands, run_backward
+from .attention import attention_arguments, number_of_bands, run_backward
 
 _WIDEST = 16  # floats in a vector, as in calls.h
 
@@ -16,11 +16,10 @@ def refuses(call: ProjectedCall) -> str | None:
     for tensor in call[:8]:
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.device != x.device):
             return "it projects in float32, on one device"
-    fits = x.dim() == weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
-    fits = fits and weight.shape[0] % 3 == 0 and (bias is None or bias.shape == weight.shape[:1])
+    fits = bias is None or bias.shape == weight.shape[:1]
     if call.residual is not None:
         fits = fits and call.residual.shape == _output_shape(call)
-    if not fits or call.num_heads < 1 or call.kernel_size < 1:
+    if not fits or call.kernel_size < 1:
         return "the shapes of the tensors do not fit together, or not with heads and window"
     bands = number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size)
     if bands > 1 and x.shape[2] < 3 * call.kernel_size * bands:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, Levels, empty_gradient
+from ..calls import AttentionCall, Levels, empty_gradient, empty_logsumexp
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
 
 # Programs that each sum the gradients of the embeddings over some tiles: enough to keep a GPU busy
@@ -54,8 +54,7 @@ def refuses(call: AttentionCall) -> str | None:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    n, _, height, width = call.query.shape
-    logsumexp = call.query.new_empty(n, call.num_heads, height, width, dtype=torch.float32)
+    logsumexp = empty_logsumexp(call.query, call.num_heads)
     given, call = call, _with_channels_last(call)
     output = torch.empty_like(call.query)
     with on_device(call.query):
@@ -72,8 +71,7 @@ def add_to(
 
     The channels of the residual come last. The sum is of the wider dtype of the two.
     """
-    n, _, height, width = call.query.shape
-    logsumexp = call.query.new_empty(n, call.num_heads, height, width, dtype=torch.float32)
+    logsumexp = empty_logsumexp(call.query, call.num_heads)
     call = _with_channels_last(call)
     dtype = torch.promote_types(residual.dtype, call.query.dtype)
     added_up = torch.empty_like(residual, dtype=dtype)

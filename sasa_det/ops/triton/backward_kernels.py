@@ -17,7 +17,6 @@ from .kernels import (
     offsets_of,
     store,
     table_start,
-    window_logits,
     within,
 )
 
@@ -115,14 +114,13 @@ def query_gradient_kernel(
         lse = tl.load(logsumexp + plane + position, mask=inside, other=float("inf"))
 
         col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], halo_offset, -1)
+        table_logits = None
         if RELATIVE:
             table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[None], [M, T])
             table_logits = dot(q, tl.trans(table), table_logits, PRECISION)
-            col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 1)
             grad_cols = tl.zeros([M, HALO_W], tl.float32)
             grad_rows = tl.zeros([M, CHUNKS, CHUNK_H], tl.float32)
-        else:
-            col_logits = window_logits(col_offset, KERNEL_SIZE)
+        col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_SIZE, KERNEL_PAD, 1)
         col_logits -= lse[:, None]
         key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
         value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
@@ -136,10 +134,7 @@ def query_gradient_kernel(
             halo_rows = first + tl.arange(0, CHUNK_H)
             row_offset = halo_rows[None] - tile_rows[:, None]
             row_offset = tl.where(within(top - RADIUS + halo_rows, height)[None], row_offset, -1)
-            if RELATIVE:
-                row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 1)
-            else:
-                row_logits = window_logits(row_offset, KERNEL_SIZE)
+            row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_SIZE, KERNEL_PAD, 1)
             logits = tl.reshape(row_logits[:, :, None] + col_logits[:, None, :], [M, P])
             weights = tl.exp2(dot(q, tl.trans(k), logits, PRECISION) * LOG2_E)
             centred = dot(
@@ -299,14 +294,12 @@ def key_value_gradient_kernel(
         # Outside the map the weights come out as zero.
         lse = tl.where(cols_inside & within(q_rows, height), lse, float("inf"))
         row_offset = tile_rows[:, None] - (first + chunk_rows)[None] + 2 * RADIUS
+        table_logits = None
         if RELATIVE:
             table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[:, None], [T, P])
             table_logits = dot(table, tl.trans(q), table_logits, PRECISION)
-            row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 0)
-            col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 0)
-        else:
-            row_logits = window_logits(row_offset, KERNEL_SIZE)
-            col_logits = window_logits(col_offset, KERNEL_SIZE)
+        row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_SIZE, KERNEL_PAD, 0)
+        col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_SIZE, KERNEL_PAD, 0)
         # The columns' part, which each row of keys has, is what the product starts from.
         row_logits = row_logits * LOG2_E - (lse * LOG2_E)[None]
         col_logits = tl.broadcast_to(col_logits[None], [BLOCK_H, BLOCK_W, P])

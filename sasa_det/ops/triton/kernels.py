@@ -155,21 +155,25 @@ def table_start(KERNEL_SIZE: tl.constexpr, KERNEL_PAD: tl.constexpr):
 
 @triton.jit
 def axis_logits(
-    table_logits, offset, FIRST: tl.constexpr, KERNEL_PAD: tl.constexpr, AXIS: tl.constexpr
+    table_logits,
+    offset,
+    FIRST: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_PAD: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """q . r of an axis at each pair's ``offset``, minus infinity outside of the window.
 
-    The axis' part of the table begins at FIRST and ends with a row that has no embedding.
+    The axis' part of the table begins at FIRST and ends with a row that has no embedding. Where
+    there are none at all, ``table_logits`` is None.
     """
-    # Negative ones are large unsigned numbers.
-    index = tl.minimum(offset.to(tl.uint32), KERNEL_PAD - 1).to(tl.int32)
-    return tl.gather(table_logits, index + FIRST, AXIS)
-
-
-@triton.jit
-def window_logits(offset, KERNEL_SIZE: tl.constexpr):
-    """The same where there are no embeddings."""
-    return tl.where(offset.to(tl.uint32) < KERNEL_SIZE, 0.0, float("-inf"))
+    offset = offset.to(tl.uint32)  # negative ones become large numbers
+    if table_logits is None:
+        logits = tl.where(offset < KERNEL_SIZE, 0.0, float("-inf"))
+    else:
+        index = tl.minimum(offset, KERNEL_PAD - 1).to(tl.int32)
+        logits = tl.gather(table_logits, index + FIRST, AXIS)
+    return logits
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width"])
@@ -226,15 +230,14 @@ def forward_kernel(
     halo_cols = tl.arange(0, HALO_W)
     col_offset = halo_cols[None] - tile_cols[:, None]
     col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], col_offset, -1)
+    table_logits = None
     if RELATIVE:
         table = load_table(
             rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, q.dtype
         )
         table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[None], [M, T])
         table_logits = dot(q, tl.trans(table), table_logits, PRECISION)
-        col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_PAD, 1)
-    else:
-        col_logits = window_logits(col_offset, KERNEL_SIZE)
+    col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_SIZE, KERNEL_PAD, 1)
 
     key_base = base_of(key, key_strides, n, start, head, HEAD_DIM)
     value_base = base_of(value, key_strides, n, start, head, HEAD_DIM)
@@ -251,10 +254,7 @@ def forward_kernel(
         halo_rows = first + tl.arange(0, CHUNK_H)
         row_offset = halo_rows[None] - tile_rows[:, None]
         row_offset = tl.where(within(top - RADIUS + halo_rows, height)[None], row_offset, -1)
-        if RELATIVE:
-            row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_PAD, 1)
-        else:
-            row_logits = window_logits(row_offset, KERNEL_SIZE)
+        row_logits = axis_logits(table_logits, row_offset, 0, KERNEL_SIZE, KERNEL_PAD, 1)
         position_logits = row_logits[:, :, None] + col_logits[:, None, :]
         position_logits = tl.reshape(position_logits, [M, P])
         logits = dot(q, tl.trans(k), position_logits, PRECISION)
