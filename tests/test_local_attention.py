@@ -226,27 +226,39 @@ PEAK_MEMORY = """
 import resource, torch
 from sasa_det.ops import local_attention
 
-def forward_and_backward(size):
-    maps = [torch.randn(1, 64, size, size, requires_grad=True) for _ in range(3)]
-    rows, cols = (torch.randn(8, 11, 4, requires_grad=True) for _ in range(2))
-    local_attention(*maps, rows, cols, num_heads=8, kernel_size=11).sum().backward()
+def forward_and_backward(height, width, size):
+    maps = [torch.randn(1, 64, height, width, requires_grad=True) for _ in range(3)]
+    rows, cols = (torch.randn(8, size, 4, requires_grad=True) for _ in range(2))
+    local_attention(*maps, rows, cols, num_heads=8, kernel_size=size).sum().backward()
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-forward_and_backward(16)
+forward_and_backward(16, 16, 11)
 before = peak()
-forward_and_backward(256)
-print((peak() - before) / (64 * 256 * 256 * 4))
+forward_and_backward({}, {}, {})
+print((peak() - before) / 2**20)
 """
 
 
-def test_no_copies_of_the_window_exist_in_memory():
-    command = [sys.executable, "-W", "ignore", "-c", PEAK_MEMORY]
+def peak_memory(height: int, width: int, kernel_size: int) -> float:
+    """Of forward and backward with 64 channels, in MiB, all gradients and scratch memory included."""
+    script = PEAK_MEMORY.format(height, width, kernel_size)
+    command = [sys.executable, "-W", "ignore", "-c", script]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    # In maps of the query's size, all gradients and scratch included; a copy of the keys and one
-    # of the values for each of the 11 * 11 offsets would be 242.
-    assert float(run.stdout) < 60
+    return float(run.stdout)
+
+
+def test_no_copies_of_the_window_exist_in_memory():
+    # In maps of the query's size, 16 MiB; a copy of the keys and one of the values for each of the
+    # 11 * 11 offsets would be 242.
+    assert peak_memory(256, 256, 11) < 60 * 16
+
+
+@pytest.mark.parametrize("height, width", [(1, 300), (300, 1)])
+def test_a_window_beyond_the_map_takes_no_memory(height, width):
+    # 601 rows of keys by 599 columns of offsets were 5 GB.
+    assert peak_memory(height, width, 601) < 60
 
 
 # Cases small enough to be computed by hand.

@@ -23,30 +23,31 @@ typedef struct {
     int64_t turn;                     /* of the head among all */
     int64_t begin, end;               /* rows of the band */
     int64_t size, radius;             /* of the window */
-    int64_t col_radius, cols;         /* of the columns that any position can see */
+    /* Of the rows and columns that any position can see: a window may be larger than the map. */
+    int64_t row_radius, rows, col_radius, cols;
     int64_t first, last;              /* row offsets that any query of the current row can see */
     Map query_map, key_map, value_map; /* of this image and head; rings where they are projected */
     Map grad_query_map, grad_key_map, grad_value_map;
     float *projected;                 /* a row of [width][columns] */
-    float *query_ring;                /* [radius + 1][width][head_dim] */
+    float *query_ring;                /* [row_radius + 1][width][head_dim] */
     float *projection;                /* [in_channels][columns], in panels */
     float *bias;                      /* [columns] */
     int64_t columns;                  /* 3 * head_dim, and some for whole vectors */
     int64_t next_projected;           /* row */
     int64_t next_row;                 /* of keys, the first that is not in the ring yet */
-    /* [size] rows of the current window, and the rings that they stand in: keys by channel; by position
+    /* [rows] of the current window, and the rings that they stand in: keys by channel; by position
        what is summed up, the values, or in the backward keys; values by channel in the backward. */
     const float **keys, **summed, **values;
     float *key_ring, *summed_ring, *value_ring;
     float *query, *grad_output;       /* plain rows of all channels */
     float *position_query, *position_grad_output, *result; /* rows by position */
-    float **grad_keys, **grad_values; /* [size] rows of the current window, by position */
+    float **grad_keys, **grad_values; /* [rows] of the current window, by position */
     float *grad_key_ring, *grad_value_ring;
     float *logsumexp;                 /* a plain row of one channel */
-    V *logits, *grads;                /* [size * cols], of one vector of queries */
-    V *row_logits, *col_logits;       /* [size] */
+    V *logits, *grads;                /* [rows * cols], of one vector of queries */
+    V *row_logits, *col_logits;       /* [rows], [cols] */
     V *col_mask;                      /* [vectors * cols]: 0, or OUTSIDE */
-    float *weights, *grad_logits;     /* [size * cols] kept rows of one channel */
+    float *weights, *grad_logits;     /* [rows * cols] kept rows of one channel */
     ProjectionGradients projection_gradients;
     /* [size][depth], where the channels of the row or of the column embeddings are: the others are 0. */
     float *rel_rows, *rel_cols, *grad_rel_rows, *grad_rel_cols;
@@ -56,13 +57,13 @@ typedef struct {
    `zeros` is where that ends. */
 static char *lay_out(Task *task, char *scratch, char **zeros) {
     const AttentionCall *call = task->call;
-    const int64_t channels = call->head_dim, window = task->size * task->cols;
+    const int64_t channels = call->head_dim, window = task->rows * task->cols;
     const int64_t plain = channels * task->plain.floats, by_position = task->around.floats;
     /* Loads of what is shifted reach a vector too far. */
-    const int64_t ring = task->size * channels * task->shifted.floats + LANES;
+    const int64_t ring = task->rows * channels * task->shifted.floats + LANES;
     const int64_t embeddings = task->size * task->around.depth;
     task->key_ring = take(&scratch, ring, sizeof(float));
-    task->summed_ring = take(&scratch, task->size * by_position, sizeof(float));
+    task->summed_ring = take(&scratch, task->rows * by_position, sizeof(float));
     task->query = take(&scratch, plain, sizeof(float));
     task->logsumexp = take(&scratch, task->plain.floats, sizeof(float));
     if (task->backward) {
@@ -77,30 +78,30 @@ static char *lay_out(Task *task, char *scratch, char **zeros) {
         task->grad_rel_rows = take(&scratch, embeddings, sizeof(float));
         task->grad_rel_cols = take(&scratch, embeddings, sizeof(float));
         if (call->in_channels)
-            lay_out_gradients(&task->projection_gradients, call, task->columns, task->radius + 1,
+            lay_out_gradients(&task->projection_gradients, call, task->columns, task->row_radius + 1,
                               &scratch);
     }
     *zeros = scratch;
-    task->keys = take(&scratch, task->size, sizeof(float *));
-    task->summed = take(&scratch, task->size, sizeof(float *));
+    task->keys = take(&scratch, task->rows, sizeof(float *));
+    task->summed = take(&scratch, task->rows, sizeof(float *));
     task->result = take(&scratch, by_position, sizeof(float));
     task->logits = take(&scratch, window, sizeof(V));
-    task->row_logits = take(&scratch, task->size, sizeof(V));
-    task->col_logits = take(&scratch, task->size, sizeof(V));
+    task->row_logits = take(&scratch, task->rows, sizeof(V));
+    task->col_logits = take(&scratch, task->cols, sizeof(V));
     task->col_mask = take(&scratch, task->plain.vectors * task->cols, sizeof(V));
     if (call->in_channels) {
         task->projected = take(&scratch, call->width * task->columns, sizeof(float));
         task->projection = take(&scratch, call->in_channels * task->columns, sizeof(float));
         task->bias = take(&scratch, task->columns, sizeof(float));
         task->query_ring =
-            take(&scratch, (task->radius + 1) * call->width * channels, sizeof(float));
+            take(&scratch, (task->row_radius + 1) * call->width * channels, sizeof(float));
     }
     if (!task->backward) return scratch;
-    task->values = take(&scratch, task->size, sizeof(float *));
-    task->grad_keys = take(&scratch, task->size, sizeof(float *));
-    task->grad_values = take(&scratch, task->size, sizeof(float *));
-    task->grad_key_ring = take(&scratch, task->size * by_position, sizeof(float));
-    task->grad_value_ring = take(&scratch, task->size * by_position, sizeof(float));
+    task->values = take(&scratch, task->rows, sizeof(float *));
+    task->grad_keys = take(&scratch, task->rows, sizeof(float *));
+    task->grad_values = take(&scratch, task->rows, sizeof(float *));
+    task->grad_key_ring = take(&scratch, task->rows * by_position, sizeof(float));
+    task->grad_value_ring = take(&scratch, task->rows * by_position, sizeof(float));
     task->grads = take(&scratch, window, sizeof(V));
     return scratch;
 }
@@ -110,6 +111,8 @@ static void shape_task(Task *task, const AttentionCall *call, bool backward) {
     task->backward = backward;
     task->size = call->kernel_size;
     task->radius = call->kernel_size / 2;
+    task->row_radius = task->radius < call->height ? task->radius : call->height - 1;
+    task->rows = 2 * task->row_radius + 1;
     task->col_radius = task->radius < call->width ? task->radius : call->width - 1;
     task->cols = 2 * task->col_radius + 1;
     task->plain = make_layout(call->height, call->width);
@@ -128,8 +131,8 @@ static int64_t scratch_bytes(const AttentionCall *call, bool backward) {
 
 /* Which of the rows of a ring this row of the map is. */
 INLINE int64_t slot_of(const Task *task, int64_t row) {
-    int64_t slot = row % task->size;
-    return slot < 0 ? slot + task->size : slot;
+    int64_t slot = row % task->rows;
+    return slot < 0 ? slot + task->rows : slot;
 }
 
 INLINE int64_t channel_slot(const Task *task, int64_t row) {
@@ -167,7 +170,7 @@ static void start_projection(Task *task) {
                             .stride_h = call->width * channels,
                             .stride_w = channels,
                             .dtype = FLOAT32,
-                            .ring = task->radius + 1};
+                            .ring = task->row_radius + 1};
     task->key_map = (Map){.data = task->projected + channels,
                           .stride_c = 1,
                           .stride_w = columns,
@@ -255,12 +258,12 @@ static void start_task(Task *task, const AttentionCall *call, int64_t index, cha
 
 /* Makes the window of the queries of `row` the current one. */
 static void move_window(Task *task, int64_t row) {
-    const int64_t top = row - task->radius;
+    const int64_t top = row - task->row_radius;
     /* Rows outside the map are left out. */
     task->first = top >= 0 ? 0 : -top;
     task->last =
-        top + task->size <= task->plain.height ? task->size - 1 : task->plain.height - 1 - top;
-    project_rows(task, top, row + task->radius + 1);
+        top + task->rows <= task->plain.height ? task->rows - 1 : task->plain.height - 1 - top;
+    project_rows(task, top, row + task->row_radius + 1);
     for (int64_t a = task->first; a <= task->last; a++) {
         if (top + a >= task->next_row && !task->call->in_channels)
             read_keys_values(task, top + a, top + a);
@@ -268,22 +271,22 @@ static void move_window(Task *task, int64_t row) {
         task->summed[a] = task->summed_ring + position_slot(task, top + a);
         if (task->backward) task->values[a] = task->value_ring + channel_slot(task, top + a);
     }
-    task->next_row = row + task->radius + 1;
+    task->next_row = row + task->row_radius + 1;
 }
 
 /* q . r of a vector of queries at `query`, factorised into rows and columns, and the mask. */
 static void position_logits(Task *task, const float *query, int64_t vector) {
     const AttentionCall *call = task->call;
     const int64_t half = call->head_dim / 2, stride = task->plain.floats, cols = task->cols;
-    const int64_t rows = task->head * task->size + task->first;
-    const int64_t columns = task->head * task->size + task->radius - task->col_radius;
+    const int64_t begin = task->head * task->size + task->radius; /* offset 0 */
+    const int64_t rows = begin - task->row_radius + task->first, columns = begin - task->col_radius;
     if (call->rel_rows) {
         embedding_dots(query, stride, call->rel_rows + rows * half, task->last + 1 - task->first,
                        half, task->row_logits + task->first);
         embedding_dots(query + half * stride, stride, call->rel_cols + columns * half, cols, half,
                        task->col_logits);
     } else {
-        memset(task->row_logits, 0, task->size * sizeof(V));
+        memset(task->row_logits, 0, task->rows * sizeof(V));
         memset(task->col_logits, 0, cols * sizeof(V));
     }
     for (int64_t o = 0; o < cols; o++) task->col_logits[o] += task->col_mask[vector * cols + o];

@@ -26,7 +26,8 @@ static void logit_gradients(Task *task, int64_t vector) {
 static void query_gradient(Task *task, int64_t vector) {
     const int64_t cols = task->cols, channels = task->call->head_dim, first = task->first;
     const int64_t depth = task->around.depth, at = first_of(task, vector);
-    const int64_t row = first * depth, column = (task->radius - task->col_radius) * depth;
+    const int64_t row = (task->radius - task->row_radius + first) * depth;
+    const int64_t column = (task->radius - task->col_radius) * depth;
     V *const rows = task->row_logits, *const columns = task->col_logits;
     weighted_sum(task, task->grads, splat(1), vector);
     if (!task->call->rel_rows) return;
@@ -71,11 +72,11 @@ static void key_value_gradients(Task *task) {
 /* Gives rows of the window that come into sight a place in the gradients' rings. */
 static void move_gradients(Task *task, int64_t row, int64_t next_row) {
     const int64_t bytes = task->around.floats * sizeof(float);
-    for (int64_t a = 0; a < task->size; a++) {
-        const int64_t slot = position_slot(task, row - task->radius + a);
+    for (int64_t a = 0; a < task->rows; a++) {
+        const int64_t slot = position_slot(task, row - task->row_radius + a);
         task->grad_keys[a] = task->grad_key_ring + slot;
         task->grad_values[a] = task->grad_value_ring + slot;
-        if (row - task->radius + a < next_row) continue;
+        if (row - task->row_radius + a < next_row) continue;
         memset(task->grad_keys[a], 0, bytes);
         memset(task->grad_values[a], 0, bytes);
     }
@@ -182,9 +183,9 @@ static void prefetch_gradients(const Task *task, int64_t row, int64_t vector) {
                  false);
     if (call->in_channels) return;
     prefetch(task, row, vector, &call->grad_query);
-    prefetch_row(s, &task->grad_key_map, 0, 0, channels, row - task->radius, vector, s->vectors, true);
-    prefetch_row(s, &task->grad_value_map, 0, 0, channels, row - task->radius, vector, s->vectors,
-                 true);
+    const int64_t finished = row - task->row_radius;
+    prefetch_row(s, &task->grad_key_map, 0, 0, channels, finished, vector, s->vectors, true);
+    prefetch_row(s, &task->grad_value_map, 0, 0, channels, finished, vector, s->vectors, true);
 }
 
 static void backward_task(const void *arguments, int64_t index, char *scratch) {
@@ -196,12 +197,12 @@ static void backward_task(const void *arguments, int64_t index, char *scratch) {
     const Layout *s = &task.plain;
     const int64_t channels = call->head_dim;
     /* Queries of the neighbouring bands see keys of this one. */
-    int64_t from = task.begin - task.radius, until = task.end + task.radius;
+    int64_t from = task.begin - task.row_radius, until = task.end + task.row_radius;
     if (from < 0) from = 0;
     if (until > call->height) until = call->height;
-    int64_t flushed = from - task.radius;
+    int64_t flushed = from - task.row_radius;
     for (int64_t row = from; row < until; row++) {
-        flush_gradients(&task, &flushed, row - task.radius);
+        flush_gradients(&task, &flushed, row - task.row_radius);
         move_gradients(&task, row, task.next_row);
         move_window(&task, row);
         read_queries(&task, row);
