@@ -242,7 +242,7 @@ print((peak() - before) / 2**20)
 
 
 def peak_memory(height: int, width: int, kernel_size: int) -> float:
-    """Of forward and backward with 64 channels, in MiB, all gradients and scratch memory included."""
+    """Of forward and backward with 64 channels, in MiB, gradients and scratch memory included."""
     script = PEAK_MEMORY.format(height, width, kernel_size)
     command = [sys.executable, "-W", "ignore", "-c", script]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -255,7 +255,7 @@ def test_no_copies_of_the_window_exist_in_memory():
     assert peak_memory(256, 256, 11) < 60 * 16
 
 
-@pytest.mark.parametrize("height, width", [(1, 300), (300, 1)])
+@pytest.mark.parametrize(("height", "width"), [(1, 300), (300, 1)])
 def test_a_window_beyond_the_map_takes_no_memory(height, width):
     # 601 rows of keys by 599 columns of offsets were 5 GB.
     assert peak_memory(height, width, 601) < 60

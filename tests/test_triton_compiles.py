@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sasa_det.ops.calls import AttentionCall, GroupNormCall, StemCall
-from sasa_det.ops.eager_stem import Stem
+from sasa_det.ops.folded_stem import fold
 from sasa_det.ops.triton import attention, group_norm, stem
 from sasa_det.ops.triton.launch import interpreted
 
@@ -84,12 +84,13 @@ def stem_launches(dtype, in_channels=3):
         embeddings,
         heads,
     )
-    parameters, maximum = Stem(call), empty(2, channels, 16, 24)
-    partial_sums = stem.new_partial_sums(call, 1)
-    sums = empty(channels, dtype=torch.float32)
+    weights, maximum = fold(call), empty(2, channels, 16, 24)
+    positions, sums = stem.new_positions(call), empty(channels, dtype=torch.float32)
+    gradient_sums = stem.new_gradient_sums(call)
     return [
-        stem.forward_launch(call, parameters, maximum, partial_sums),
-        stem.backward_launch(call, parameters, (maximum, sums, sums), [partial_sums] * 3),
+        stem.forward_launch(call, weights, stem.new_output_sums(call), maximum),
+        stem.forward_launch(call, weights, positions=positions),
+        stem.backward_launch(call, weights, positions, (maximum, sums, sums), gradient_sums),
     ]
 
 
