@@ -2,7 +2,7 @@
 
 With the pixels x, a logit is x_i^T (Wq^T Wk) x_j + x_i^T R_ij, R_ij being the query projection of
 the embedding of the pair: one half of it is its row's and one its column's, and so is its logit.
-Values are linear in the weights, so that the projections that are mixed become one for each position.
+Values are linear in the weights, so the projections that are mixed become one for each position.
 """
 
 from typing import NamedTuple
