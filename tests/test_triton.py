@@ -126,6 +126,29 @@ def test_any_strides(change):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("expanded", ["query", "value", "images"])
+def test_maps_that_are_expanded_are_read_as_what_they_stand_for(expanded):
+    inputs, options = make_inputs((2, 8, 4, 5, 2, 3), torch.float32)
+    query, key, value = slices_with_channels_last([x.to(DEVICE) for x in inputs[:3]])
+    if expanded == "query":  # one that is learned
+        query = query[:1, :, :1, :1].expand_as(query)
+    elif expanded == "value":
+        value = value[:, :, :1, :1].expand_as(value)
+    else:
+        query = query[:1].expand_as(query)
+    check([query, key, value, *inputs[3:]], options, change=list)
+
+
+@pytest.mark.usefixtures("backend")
+def test_keys_and_values_of_two_layouts_of_one_column():
+    inputs, options = make_inputs((2, 8, 5, 1, 2, 3), torch.float32)
+    query, key, value = (x.to(DEVICE) for x in inputs[:3])
+    key, _, _ = slices_with_channels_last([key, value, value])
+    value = value.flatten(2).mT.contiguous().mT.unsqueeze(3)
+    check([query, key, value, *inputs[3:]], options, change=list)
+
+
+@pytest.mark.usefixtures("backend")
 def test_strides_of_a_dimension_with_one_entry_do_not_matter():
     inputs, options = make_inputs((2, 8, 9, 1, 2, 3), torch.float32)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from with_triton import DEVICE, TOLERANCE, UNAVAILABLE, backend, on_device  # noqa: F401
 
@@ -161,6 +162,43 @@ def test_of_all_levels_a_head_keeps_its_input_and_what_each_attention_made_of_it
     positions = sum(height * width for height, width in LEVELS)
     maps = [x for x in kept.values() if x.shape[1:] == (64, 1, positions)]
     assert len(maps) == 1 + 2 * 2  # two attentions in each of two subnets
+
+
+def gradients(module, x, levels=1):
+    outputs = module([x] * levels) if levels > 1 else module(x)
+    loss = sum(y.square().sum() for maps in outputs for y in maps)
+    return torch.autograd.grad(loss, [x, *module.parameters()])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("levels", [2, 1], ids=["head", "layer"])
+def test_a_hook_on_what_is_kept_may_lose_its_format(levels):  # as save_on_cpu(pin_memory=True)
+    head = attention_head().to(DEVICE)
+    module = head if levels > 1 else head.cls_subnet[0]
+    x = torch.randn(1, 64, 4, 5, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    expected = gradients(module, x, levels)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda x: x):
+        actual = gradients(module, x, levels)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected))
+
+
+@pytest.mark.usefixtures("backend")
+def test_the_second_derivative_is_refused_and_not_taken_for_zero():
+    module = attention_head().to(DEVICE).cls_subnet[0]
+    x = torch.randn(1, 64, 4, 5, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.usefixtures("backend")
+def test_forward_mode_is_refused_without_gradients_too():
+    module = attention_head().to(DEVICE).cls_subnet[0]
+    x = torch.randn(1, 64, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError):
+        module(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.usefixtures("backend")

@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import allows
 from .calls import GroupNormCall, Levels
-from .operator import needs_dispatcher
+from .operator import needs_dispatcher, once_differentiable
 from .triton import group_norm as kernels
 
 
@@ -67,7 +66,10 @@ class _GroupNormReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        call = GroupNormCall(*ctx.saved_tensors, *ctx.options)
+        x, *others = ctx.saved_tensors
+        # A hook on what is kept may have lost the format.
+        x = x.contiguous(memory_format=torch.channels_last)
+        call = GroupNormCall(x, *others, *ctx.options)
         grad_input, grads = kernels.backward(call, grad_output)
         of_weight, of_bias = grads.to(call.weight.dtype).unbind()
         return grad_input, of_weight, of_bias, None, None, None, None

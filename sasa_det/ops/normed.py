@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import allows
 from .calls import AttentionCall, GroupNormCall, Levels
 from .checks import check_attention
 from .functional import cast_embeddings, cast_for_autocast
 from .group_norm import served_call
-from .operator import autocast_is_on, needs_dispatcher, without_autocast
+from .operator import autocast_is_on, needs_dispatcher, once_differentiable, without_autocast
 from .projected import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
@@ -155,8 +154,13 @@ class _NormedAttention(torch.autograd.Function):
         end = _TENSORS * len(ctx.options)
         layers, tensors_needed = _layers(saved[:end], ctx.options), ctx.needs_input_grad[3:]
         kept = [_Kept(*saved[i : i + _KEPT]) for i in range(end, len(saved), _KEPT)]
+        # A hook on what is kept may have lost the format.
+        summands = [
+            x.contiguous(memory_format=torch.channels_last)
+            for x in (x, *(layer.output for layer in kept[:-1]))
+        ]
         # As the forward added them up, to the last bit.
-        inputs = list(accumulate([x, *(layer.output for layer in kept[:-1])], torch.add))
+        inputs = list(accumulate(summands, torch.add))
         grads: list[Tensor | None] = []
         for index in reversed(range(len(layers))):
             first = _TENSORS * index

@@ -34,21 +34,16 @@ class Operator:
         self.register_autograd = self._registered.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(arguments)
-        # A compiler cannot read the last question, and gets no further than the second.
-        if torch.is_grad_enabled() or needs_dispatcher(arguments) or _profiler_enabled():
-            return self._registered(*arguments)
-        return self._function(*arguments)
-
-    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
-        """torch would take the derivative for zero."""
-        tensors = (x for x in arguments if isinstance(x, Tensor))
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        if _has_tangent(arguments):
+            # torch would take the derivative for zero.
             raise NotImplementedError(
                 f"sasa_det::{self._name} has no derivative in forward mode; "
                 "use torch.autograd.grad or backward()."
             )
+        # A compiler cannot read the last question, and gets no further than the second.
+        if torch.is_grad_enabled() or needs_dispatcher(arguments) or _profiler_enabled():
+            return self._registered(*arguments)
+        return self._function(*arguments)
 
 
 def operator(signature: str) -> Callable[[Callable], Operator]:
@@ -71,7 +66,7 @@ def needs_dispatcher(arguments: tuple[Any, ...]) -> bool:
     """Whether anything but autograd wants to see what operators are called with, or must."""
     if makes_a_program() or is_in_torch_dispatch_mode():
         return True
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or _has_tangent(arguments):
         return True
     return any(_is_special(x) for x in arguments if isinstance(x, Tensor))
 
@@ -80,6 +75,42 @@ def _is_special(x: Tensor) -> bool:
     """Whether its memory is not all there is to it: subclasses have their own ways, tensors
     without numbers only have shapes, and a minus sign may have been put off."""
     return type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.is_neg()
+
+
+def _has_tangent(arguments: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For the backward of a ``torch.autograd.Function``: derivatives of its results are refused.
+
+    torch's own does so if the gradient that comes in has a derivative; else it returns constants.
+    """
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        of_tensors = (x.detach().requires_grad_() for x in results if x is not None)
+        refusing = iter(_WithoutDerivative.apply(*of_tensors))
+        return tuple(None if x is None else next(refusing) for x in results)
+
+    return call
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, *results: Tensor) -> tuple[Tensor, ...]:
+        return results
+
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> None:
+        raise RuntimeError("The attention of sasa_det and its norms have no second derivative.")
 
 
 def without_autocast(function: Callable) -> Callable:

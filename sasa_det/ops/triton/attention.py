@@ -110,15 +110,19 @@ def _with_channels_last(call: AttentionCall) -> AttentionCall:
     """Read as they are, maps in the other format took four times as long; copies are cheaper."""
     query, key, value = map(_channels_last, call[:3])
     if _strides(key) != _strides(value):  # those of one projection have the same, as they should
-        key, value = torch.cat([key, value], dim=1).chunk(2, dim=1)
+        both = torch.cat([key, value], dim=1).contiguous(memory_format=torch.channels_last)
+        key, value = both.chunk(2, dim=1)
     return call._replace(query=query, key=key, value=value)
 
 
 def _channels_last(x: Tensor) -> Tensor:
     """(N, C, H, W) whose positions and channels can be walked over with two strides."""
-    height, width = x.shape[2:]
-    walkable = height == 1 or x.stride(2) == width * _strides(x)[1]
-    if x.stride(1) == 1 and walkable:
+    n, channels, height, width = x.shape
+    of_image, step = _strides(x)
+    walkable = height == 1 or x.stride(2) == width * step
+    # Of what is expanded, all numbers are one: the output is to be laid out in the same way.
+    expanded = (n > 1 and of_image == 0) or (height * width > 1 and step < channels)
+    if x.stride(1) == 1 and walkable and not expanded:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -278,7 +282,7 @@ def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
     return {**maps, "value": call.value, **strides, **embeddings, **geometry}
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # without limit: a captured CUDA graph may still read any of them
 def _level_table(
     levels: Levels | None, block_h: int, block_w: int, device: torch.device
 ) -> Tensor | None:

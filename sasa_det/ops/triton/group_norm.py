@@ -184,7 +184,7 @@ def _tilings(
     return tuple(tilings)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # without limit: a captured CUDA graph may still read any of them
 def _level_table(maps: tuple[Tiling, ...], device: torch.device) -> Tensor | None:
     """As ``group_norm_kernels.map_of`` reads it."""
     if len(maps) == 1:

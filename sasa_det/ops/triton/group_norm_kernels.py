@@ -261,7 +261,7 @@ def gradient_sums_kernel(
         of_weight += tl.sum(grad * normed, 0)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     channel, mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    pointers = channel_sums + program * (2 * GROUPS * DIM) + channel
+    pointers = channel_sums + program.to(tl.int64) * (2 * GROUPS * DIM) + channel
     tl.store(pointers, of_weight, mask)
     tl.store(pointers + GROUPS * DIM, of_bias, mask)
     group = tl.arange(0, GROUPS_PAD)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_BATCH = 65535  # CUDA's limit for the second number of a grid
 
 
 def unavailable() -> str | None:
@@ -43,6 +44,8 @@ def refuses_tensor(x: Tensor) -> str | None:
         return f"it does not serve tensors on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"it does not serve {x.dtype}"
+    if x.shape[0] > _MAX_BATCH:
+        return f"it serves batches of up to {_MAX_BATCH} images, not {x.shape[0]}"
     return None if _installed() else "triton is not installed"
 
 
