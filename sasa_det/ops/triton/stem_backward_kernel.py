@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .kernels import LOWEST
-from .stem_kernels import load_pixel, repeat, weigh
+from .stem_kernels import load_pixel, locate, repeat, weigh
 
 
 @triton.jit
@@ -64,7 +64,9 @@ def load_outputs_gradient(
     grad_sum,
     positions,
     strides,
-    block,
+    n,
+    row,
+    col,
     exists,
     down,
     across,
@@ -73,11 +75,10 @@ def load_outputs_gradient(
 ):
     """What arrives for each channel of the head where its maximum is, and where that is."""
     head = tl.program_id(0)
-    n, row, col = block // across // down, block // across % down, block % across
     CHUNKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
-    pointers = grad_maximum + n.to(tl.int64) * strides[0] + head * HEAD_DIM * strides[1]
+    pointers = grad_maximum + n * strides[0] + head * HEAD_DIM * strides[1]
     pointers += row * strides[2] + col * strides[3]
-    words = positions + (n.to(tl.int64) * tl.num_programs(0) + head) * CHUNKS * down * across
+    words = positions + (n * tl.num_programs(0) + head) * CHUNKS * down * across
     words += row * across + col
     grads, packed, highest_at = (), (), ()
     for chunk in tl.static_range(CHUNKS):
@@ -272,16 +273,17 @@ def pooled_backward_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(num_blocks, BLOCKS), tl.num_programs(1)):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)[:, None] + key_row * 0
         exists = block < num_blocks
-        n, row, col = block // across // down, block // across % down, block % across
-        rows, cols = height - row * BLOCK_SIZE, width - col * BLOCK_SIZE  # to the image's end
-        corner = image + n.to(tl.int64) * image_strides[0]
-        corner += row * BLOCK_SIZE * image_strides[2] + col * BLOCK_SIZE * image_strides[3]
+        n, row, col, corner, rows, cols = locate(
+            block, image, image_strides, height, width, BLOCK_SIZE
+        )
         grads, highest_at = load_outputs_gradient(
             grad_maximum,
             grad_sum,
             positions,
             grad_maximum_strides,
-            block,
+            n,
+            row,
+            col,
             exists,
             down,
             across,

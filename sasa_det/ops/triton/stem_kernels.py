@@ -21,6 +21,16 @@ def repeat(x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def locate(block, image, strides, height, width, BLOCK_SIZE: tl.constexpr):
+    """Of blocks: image, row, column; their first position, and rows and columns from there on."""
+    across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
+    n, row, col = (block // across // down).to(tl.int64), block // across % down, block % across
+    corner = image + n * strides[0]
+    corner += row * BLOCK_SIZE * strides[2] + col * BLOCK_SIZE * strides[3]
+    return n, row, col, corner, height - row * BLOCK_SIZE, width - col * BLOCK_SIZE
+
+
+@triton.jit
 def load_pixel(corner, row, col, inside, strides, IN_CHANNELS: tl.constexpr):
     """The channels of a position of each block, IN_CHANNELS times (B,) in float32."""
     pointers = corner + row * strides[2] + col * strides[3]
@@ -115,10 +125,9 @@ def pooled_forward_kernel(
     for tile in range(tl.program_id(1), tl.cdiv(num_blocks, BLOCKS), tl.num_programs(1)):
         block = tile * BLOCKS + tl.arange(0, BLOCKS)
         exists = block < num_blocks
-        n, row, col = block // across // down, block // across % down, block % across
-        rows, cols = height - row * BLOCK_SIZE, width - col * BLOCK_SIZE  # to the image's end
-        corner = image + n.to(tl.int64) * image_strides[0]
-        corner += row * BLOCK_SIZE * image_strides[2] + col * BLOCK_SIZE * image_strides[3]
+        n, row, col, corner, rows, cols = locate(
+            block, image, image_strides, height, width, BLOCK_SIZE
+        )
         highest, highest_at = repeat(zeros + float("-inf"), CHANNELS), repeat(block * 0, CHANNELS)
         pixels, values = (), ()
         for key in tl.static_range(POSITIONS):
@@ -165,7 +174,7 @@ def pooled_forward_kernel(
 
         place = row * across + col
         if positions is None:
-            place += (n.to(tl.int64) * out_channels + first_channel) * down * across
+            place += (n * out_channels + first_channel) * down * across
             for d in tl.static_range(CHANNELS):
                 rounded = convert(highest[d], maximum.dtype.element_ty)
                 tl.store(maximum + place + d * down * across, rounded, exists)
@@ -173,7 +182,7 @@ def pooled_forward_kernel(
             packed = block * 0
             for d in tl.static_range(CHANNELS):
                 packed |= highest_at[d] << 4 * ((first_channel - head * HEAD_DIM + d) % 8)
-            place += (n.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * down * across
+            place += (n * tl.num_programs(0) + tl.program_id(0)) * down * across
             tl.store(positions + place, packed, exists)
 
     if positions is None:
