@@ -1,6 +1,7 @@
 """Files that appear under their names whole, or not at all."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,32 @@ import torch
 
 class CheckpointError(OSError):
     """A checkpoint cannot be written, or none can be read; the message is for the user."""
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder for what a tool will write, before it computes anything.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"The output folder {str(path)!r} cannot be written: {error.strerror}; choose another."
+        ) from error
+
+
+def make_folder_of(path: Path) -> None:
+    """The same for the folder of a file that a tool will write.
+
+    Raises:
+        ValueError: if nothing can be written there, or the file's name is that of a folder.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ValueError(f"The output {str(path)!r} is a folder; choose a name for a file.")
 
 
 @contextmanager

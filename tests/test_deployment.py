@@ -327,6 +327,7 @@ def test_the_program_of_a_faster_rcnns_backbone_keeps_the_operators_or_needs_tor
         ("model.onnx", "nothing.pth", [], "checkpoint 'nothing.pth' of MODEL.WEIGHTS does not ex"),
         ("model.onnx", "other", [], "stem.attention.query_key_weight is not in it"),
         ("model.onnx", "", ["--beside", "no.onnx"], "The file 'no.onnx' of --beside does not"),
+        ("file/model.pt2", "", [], "file' cannot be written: File exists; choose another."),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_one_sentence(
@@ -335,6 +336,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
     if weights == "other":
         weights = tmp_path / "other.pth"
         torch.save({"model": small("retinanet_conv").state_dict()}, weights)
+    (tmp_path / "file").touch()
     run = export("retinanet_full_attn", tmp_path / output, weights, *options)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("error: ")

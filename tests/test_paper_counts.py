@@ -127,8 +127,16 @@ def test_the_tool_prints_a_table_and_writes_json(tmp_path):
     assert set(cost["parts"]) == {"stem", "res2", "res3", "res4", "res5", "fpn", "head"}
 
 
-def test_the_tool_answers_a_wrong_config_in_one_sentence():
-    run = run_tool("tools/analyze_model.py", "--config", "configs/none.yaml")
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "configs/none.yaml"], "The config file 'configs/none.yaml'"),
+        (["--config", "configs/demo.yaml", "--json", "tools"], "The output 'tools' is a folder"),
+    ],
+)
+def test_the_tool_answers_a_mistake_in_one_sentence(arguments, sentence):
+    run = run_tool("tools/analyze_model.py", *arguments)
     assert run.returncode != 0
-    assert run.stderr.splitlines()[-1].startswith("error: The config file 'configs/none.yaml'")
+    assert run.stdout == ""
+    assert run.stderr.splitlines()[-1].startswith(f"error: {sentence}")
     assert "Traceback" not in run.stderr

@@ -215,8 +215,9 @@ def test_every_attention_layer_of_the_detector_is_seen_and_the_detections_stay(u
         ),
         (["{image}"], ["--layer", "res5.0"], "'res5.0'; there are backbone.bottom_up.stem.atten"),
         (["{image}"], ["--level", "3"], "There is no level 3: the layer ran on 3, 0 the finest."),
+        (["{image}"], ["--output", "{broken}"], "broken.jpg' cannot be written: File exists; cho"),
     ],
-    ids=["image", "broken", "two", "outside", "point", "layer", "level"],
+    ids=["image", "broken", "two", "outside", "point", "layer", "level", "output"],
 )
 def test_a_mistake_is_answered_in_one_sentence(
     call_tool, untrained_demo, digits, tmp_path, images, options, sentence
@@ -224,6 +225,7 @@ def test_a_mistake_is_answered_in_one_sentence(
     image, broken = digits / "val" / "000001.jpg", tmp_path / "broken.jpg"
     broken.write_bytes(image.read_bytes()[:700])
     images = [name.format(image=image, broken=broken) for name in images]
+    options = ["--output", tmp_path, *(option.format(broken=broken) for option in options)]
     code, printed = call_tool("visualize_attention.py", *images, *options, *untrained_demo)
     assert sentence in (printed if code == 2 else code)
     assert "Traceback" not in printed
@@ -252,7 +254,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
     text = tmp_path / "text.pth"
     text.write_text("not a checkpoint")
     image = digits / "val" / "000001.jpg"
-    override = [key, value.format(text=text)]
-    code, printed = call_tool("visualize_attention.py", image, *untrained_demo, *override)
+    options = ["--output", tmp_path, *untrained_demo, key, value.format(text=text)]
+    code, printed = call_tool("visualize_attention.py", image, *options)
     assert sentence in code
     assert "Traceback" not in printed

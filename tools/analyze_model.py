@@ -22,6 +22,7 @@ from tabulate import tabulate
 from sasa_det.analysis import DetectorCost, count_detector
 from sasa_det.analysis.paper import TABLE_2, TABLE_2_IMAGE_SIZE, TABLE_2_NUM_CLASSES, Table2Row
 from sasa_det.config import load_config
+from sasa_det.whole_files import make_folder_of
 
 
 def main() -> None:
@@ -34,11 +35,12 @@ def main() -> None:
     args = parser.parse_args()
     fixed = ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", str(TABLE_2_NUM_CLASSES)]
     cfg = load_config(args.config, [*args.opts, *fixed])
+    if args.json:
+        make_folder_of(args.json)
     cost = count_detector(build_model(cfg), TABLE_2_IMAGE_SIZE)
     paper = next((row for row in TABLE_2 if row.config == Path(args.config).stem), None)
     print(as_table(cost, paper))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(as_json(args.config, cost, paper), indent=2) + "\n")
 
 

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -46,6 +45,7 @@ from sasa_det.analysis.workloads import (
 )
 from sasa_det.config import load_config
 from sasa_det.ops.checks import check_heads, check_kernel_size
+from sasa_det.whole_files import make_folder
 
 # Of detectron2 0.5's anchors, once in every process that measures memory.
 warnings.filterwarnings("ignore", message="torch.meshgrid")
@@ -327,13 +327,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_kernel_size(kernel_size)
     check_heads(args.channels, args.heads)
     read_configs(args.configs)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as error:
-        raise ValueError(
-            f"The output folder {str(args.output)!r} cannot be written: {error.strerror}."
-        ) from error
+    make_folder(args.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ then fitted to the convolution whose place it takes, on images without annotatio
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from sasa_det.warm_start import (
     read_checkpoint,
 )
 from sasa_det.weight_files import check_suffix, write_weights
+from sasa_det.whole_files import make_folder_of
 
 
 def main() -> None:
@@ -99,9 +99,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_suffix(args.output)
     if output.exists() and output.samefile(args.weights):
         raise ValueError(f"--output {output} is the checkpoint itself; choose another name.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise ValueError(f"--output is in {output.parent}, where nothing can be written.")
+    make_folder_of(output)
     if args.steps < 1 or args.batch_size < 1:
         raise ValueError("--steps and --batch-size must be positive.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

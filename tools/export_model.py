@@ -41,6 +41,7 @@ from sasa_det.deployment import (
 )
 from sasa_det.deployment.export import METADATA_KEY, require
 from sasa_det.prediction import load_model
+from sasa_det.whole_files import make_folder_of
 
 # Of what eager computes, in the norm over all values of an output.
 TOLERANCE = 1e-4
@@ -71,9 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     output = Path(args.output)
     check_arguments(args)
+    make_folder_of(output)
     cfg = load_config(args.config, [*args.opts, "MODEL.DEVICE", "cpu"])
     network = network_of(trained_or_random(cfg))
-    output.parent.mkdir(parents=True, exist_ok=True)
     print(f"Exporting {args.config}: this takes a minute or more.", flush=True)
     if output.suffix == ".onnx":
         export_onnx(network, output, metadata(cfg))

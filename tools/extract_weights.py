@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sasa_det.weight_files import check_suffix, read_weights, write_weights
+from sasa_det.whole_files import make_folder_of
 
 
 def main() -> None:
@@ -33,10 +34,10 @@ def main() -> None:
         raise ValueError(
             f"The output {args.output!r} is the checkpoint itself; give it another name."
         )
+    make_folder_of(Path(args.output))
     content = read_weights(args.checkpoint)
     tensors = model_of(content, args.checkpoint)
     heuristics = bool(content.get("matching_heuristics"))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_weights(tensors, args.output, matching_heuristics=heuristics)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     print(f"{len(tensors)} tensors with {numbers:,} numbers, for MODEL.WEIGHTS: {args.output}")

@@ -47,6 +47,7 @@ from sasa_det.prediction import (
     prediction_config,
     split_overrides,
 )
+from sasa_det.whole_files import make_folder_of
 
 NUM_DETECTIONS = 3
 
@@ -55,6 +56,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     cfg = prediction_config(args.config, overrides)
     sample = build_test_mapper(cfg)({"file_name": args.image})
     points = [parse_point(text, sample["width"], sample["height"]) for text in args.points]
+    output = Path(args.output)
+    for page in ("heads.png", "layers.png", "embeddings.png"):
+        make_folder_of(output / page)
     model = load_model(cfg)
     layer = args.layer or default_layer(model)
     models = {"": model}
@@ -69,8 +73,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         for when, each in looks.items()
     ]
     picture = read_image(args.image, "RGB")
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     title = f"What the heads of {layer} attend to from the cross, in the frame"
     written = draw_heads(picture, views, title, output / "heads.png")
     title = "Which places each layer attends to, over its heads and all points it attends from"
