@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,38 @@ def find_pictures(where: Sequence[str]) -> list[str]:
 
 def output_names(paths: Sequence[str]) -> dict[str, str]:
     """For each path one that no other has: its file name, or where two have the same, that and
-    the folders in which they differ."""
+    the folders in which they differ.
+
+    Raises:
+        ValueError: where one is called as the drawing of another will be: a.gif.jpg and a.gif.
+    """
     names = {path: os.path.basename(path) for path in paths}
     if len(set(names.values())) < len(paths):
         root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
         names = {path: os.path.relpath(path, root) for path in paths}
-    return {
+    names = {
         path: name if name.lower().endswith(PICTURE_SUFFIXES) else f"{name}.jpg"
         for path, name in names.items()
     }
+    first: dict[str, str] = {}
+    for path, name in names.items():
+        if first.setdefault(name, path) != path:
+            raise ValueError(
+                f"The drawings of {first[name]!r} and {path!r} would both be called {name!r}; "
+                "rename one of the two."
+            )
+    return names
+
+
+def check_overwriting(inputs: Iterable[str], outputs: Iterable[Path]) -> None:
+    """Raises ValueError where an output is a file that is read, by whatever name."""
+    read = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, inputs)}
+    for path in outputs:
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in read:
+            raise ValueError(
+                f"The output {str(path)!r} is one of the files that are read; choose another "
+                "--output."
+            )
 
 
 def read_annotations(path: str) -> dict[str, Any]:

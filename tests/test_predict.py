@@ -217,7 +217,15 @@ def test_overrides_begin_where_a_section_of_the_config_is_named(tmp_path, monkey
     [
         (["{folder}/none"], "There are no images at "),
         (["{folder}/*.bmp"], "There are no images at "),
-        (["{folder}", "--output", "{folder}"], "is where the images are; choose another folder."),
+        (["{folder}", "--output", "{folder}"], "is one of the files that are read; choose another"),
+        (["{twice}", "{twice}/sub", "--output", "{twice}/sub"], "sub/1.jpg' is one of the files "),
+        (
+            ["{folder}", "--annotations", "images.json", "--output", "."],
+            "'images.json' is one of the files that are read",
+        ),
+        (["{same}/*"], "would both be called '1.gif.jpg'; rename one"),
+        (["{folder}", "--output", "few"], "folder 'few' cannot be written: File exists; choose"),
+        (["{folder}", "--output", "taken"], "'taken/results.json' is a folder; choose a name for"),
         (
             ["{folder}", "--annotations", "none.json"],
             "The annotation file 'none.json' does not",
@@ -225,11 +233,15 @@ def test_overrides_begin_where_a_section_of_the_config_is_named(tmp_path, monkey
         (["{folder}", "--annotations", "{folder}/000001.jpg"], "is no COCO annotation file with "),
         (["{folder}", "--annotations", "{other}"], "000001.jpg' is not among the images of --ann"),
         (
-            ["{folder}", "--annotations", "{few}"],
+            ["{folder}", "--annotations", "{few}", "--score-threshold", "0"],
             "but the dataset has only 1 classes; set",
         ),
     ],
-    ids=["folder", "pattern", "overwrite", "missing", "no JSON", "other images", "classes"],
+    ids=[
+        *("folder", "pattern", "overwrite", "overwrite another", "overwrite annotations"),
+        *("one name for two", "file as folder", "folder as file"),
+        *("missing", "no JSON", "other images", "classes"),
+    ],
 )
 def test_a_mistake_is_answered_in_one_sentence(
     predict, untrained_demo, digits, tmp_path, monkeypatch, arguments, sentence
@@ -237,17 +249,22 @@ def test_a_mistake_is_answered_in_one_sentence(
     few = json.loads((digits / "val.json").read_text())
     few["categories"] = few["categories"][:1]
     other = {"images": [], "categories": few["categories"]}
-    for name, content in (("few", few), ("other", other)):
+    for name, content in (("few", few), ("other", other), ("images.json", few)):
         (tmp_path / name).write_text(json.dumps(content))
-    names = {"folder": digits / "val", "few": tmp_path / "few", "other": tmp_path / "other"}
-    before = {path: path.read_bytes() for path in (digits / "val").iterdir()}
+    for name in ("twice/1.jpg", "twice/sub/1.jpg", "same/1.gif", "same/1.gif.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(digits / "val" / "000001.jpg", tmp_path / name)
+    (tmp_path / "taken" / "results.json").mkdir(parents=True)
+    names = {"folder": digits / "val", **{name.name: name for name in tmp_path.iterdir()}}
+    inputs = [*(digits / "val").iterdir(), *tmp_path.rglob("*.jpg"), tmp_path / "images.json"]
+    before = {path: path.read_bytes() for path in inputs}
     monkeypatch.chdir(tmp_path)  # of the default output
     arguments = [argument.format(**names) for argument in arguments]
     code, printed = predict(*arguments, *untrained_demo)
     assert code.startswith("error: ")
     assert sentence in code
     assert "Traceback" not in printed
-    assert {path: path.read_bytes() for path in (digits / "val").iterdir()} == before
+    assert {path: path.read_bytes() for path in inputs} == before
 
 
 def test_without_opencv_it_says_what_to_install(call_tool, untrained_demo, digits, monkeypatch):

@@ -34,6 +34,7 @@ from PIL import Image
 from sasa_det.data import build_test_mapper
 from sasa_det.prediction import (
     categories_of,
+    check_overwriting,
     find_pictures,
     image_ids,
     load_metadata,
@@ -43,6 +44,7 @@ from sasa_det.prediction import (
     read_annotations,
     split_overrides,
 )
+from sasa_det.whole_files import make_folder_of
 
 try:
     from detectron2.utils.visualizer import Visualizer
@@ -59,12 +61,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> list[str]:
     paths = find_pictures(args.images)
     output = Path(args.output)
     drawn = {path: output / name for path, name in output_names(paths).items()}
-    if any(target.exists() and target.samefile(path) for path, target in drawn.items()):
-        raise ValueError(f"--output {args.output} is where the images are; choose another folder.")
     annotations = read_annotations(args.annotations) if args.annotations else None
+    written = [*drawn.values(), *Predictions.files(output)]
+    check_overwriting([*paths, *filter(None, [args.annotations])], written)
     ids = image_ids(paths, annotations)
     metadata = load_metadata(cfg, annotations)
     predictions = Predictions(metadata)
+    for target in written:
+        make_folder_of(target)
     model, mapper = load_model(cfg), build_test_mapper(cfg)
     failed = []
     try:
@@ -76,10 +80,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> list[str]:
                 failed.append(path)
                 continue
             instances = predict(model, sample)
-            drawn[path].parent.mkdir(parents=True, exist_ok=True)
-            draw(path, instances[instances.scores >= args.score_threshold], metadata, drawn[path])
             name = str(drawn[path].relative_to(output))
             predictions.add(instances, ids[path], name, sample["width"], sample["height"])
+            draw(path, instances[instances.scores >= args.score_threshold], metadata, drawn[path])
     finally:  # what is found before an interruption is kept
         if predictions.images:
             predictions.write(output)
@@ -119,11 +122,15 @@ class Predictions:
         size = {"width": width, "height": height}
         self.images.append({"id": image_id, "file_name": file_name, **size})
 
+    @staticmethod
+    def files(folder: Path) -> tuple[Path, Path]:
+        return folder / "results.json", folder / "images.json"
+
     def write(self, folder: Path) -> None:
         categories = sorted(self.categories.values(), key=lambda category: category["id"])
         images = {"images": self.images, "annotations": [], "categories": categories}
-        (folder / "results.json").write_text(json.dumps(self.results) + "\n")
-        (folder / "images.json").write_text(json.dumps(images) + "\n")
+        for file, content in zip(self.files(folder), (self.results, images)):
+            file.write_text(json.dumps(content) + "\n")
         print(f"{len(self.results)} detections on {len(self.images)} images: {folder}")
 
 
