@@ -1,5 +1,6 @@
 """Detectors outside this package: compiled, exported as programs, and in ONNX Runtime."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from sklearn.datasets import load_sample_image
 from torch import nn
 from torch.export import Dim
@@ -17,10 +19,13 @@ import sasa_det  # noqa: F401
 # isort: split
 from commands import ROOT, run_tool
 from conftest import CONFIGS
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from sasa_det.config import load_config
+from sasa_det.data import build_test_mapper
 from sasa_det.deployment import export_onnx, export_program, network_of, open_onnx, run_onnx
 from sasa_det.deployment.export import require
 from sasa_det.layers import LocalSelfAttention2d
@@ -177,9 +182,10 @@ def exported(attention_detector, tmp_path_factory) -> tuple[Path, str]:
     return folder / "model.onnx", run.stdout
 
 
-def export(config, output, weights="", *options):
+def export(config, output, weights="", *options, overrides=(), **limits):
     arguments = ["--config", CONFIGS / f"{config}.yaml", "--output", output, *options]
-    return run_tool("tools/export_model.py", *arguments, *SMALL, "MODEL.WEIGHTS", weights)
+    arguments += [*SMALL, *overrides, "MODEL.WEIGHTS", weights]
+    return run_tool("tools/export_model.py", *arguments, **limits)
 
 
 @pytest.mark.parametrize("size", [(1, 160, 213), (2, 256, 128), (3, 33, 70)])
@@ -225,18 +231,84 @@ def test_the_script_of_the_docs_detects_what_detectron2s_predictor_does(exported
     cfg = load_config(str(CONFIGS / "retinanet_full_attn.yaml"), SMALL).clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST = str(path.with_suffix(".pth")), ()
-    photograph = load_sample_image("china.jpg")
-    expected = DefaultPredictor(cfg)(photograph[:, :, ::-1])["instances"]
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    exif = photograph.getexif()
+    exif[Base.Orientation] = 6  # as a camera held upright writes it
+    photograph.save(tmp_path / "turned.png", exif=exif)
+    expected = DefaultPredictor(cfg)(read_image(tmp_path / "turned.png", "BGR"))["instances"]
     assert len(expected) > 20
 
-    script = (ROOT / "docs" / "deployment.md").read_text().split("```python\n")[1].split("```")[0]
-    names: dict = {}
-    exec(script.replace("model.onnx", str(path)), names)
-    boxes, scores, classes = names["detect"](Image.fromarray(photograph))
+    script = script_of_the_docs(path)
+    boxes, scores, classes = script["detect"](Image.open(tmp_path / "turned.png"))
     np.testing.assert_array_equal(classes, expected.pred_classes.numpy())
     # As a whole, as above: the layers of a random detector let the last bits of a score grow.
     assert difference(torch.from_numpy(scores), expected.scores) < 1e-4
     np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=0.05)
+
+    script["meta"] |= {"min_size": 600, "max_size": 700}  # the last two sizes come to halves
+    for size in ([640, 480], [480, 640], [64, 64], [2000, 3], [325, 1000], [341, 440]):
+        resize = ResizeShortestEdge(600, 700).get_transform(np.empty((*size[::-1], 3)))
+        assert script["resized"](*size) == [resize.new_w, resize.new_h]
+    script["meta"]["min_size"] = 0
+    assert script["resized"](640, 480) == [640, 480]
+
+
+def script_of_the_docs(path: Path) -> dict:
+    script = (ROOT / "docs" / "deployment.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(script.replace("model.onnx", str(path)), names)
+    return names
+
+
+def test_a_detector_of_grey_pictures_in_their_own_size_is_exported(digits, tmp_path):
+    keys = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[100.0]", "MODEL.PIXEL_STD", "[50.0]"]
+    keys += [*TWO_LEVELS, "INPUT.MIN_SIZE_TEST", "0", "DATASETS.TEST", "()", "DATASETS.TRAIN", "()"]
+    model = small("retinanet_conv", *keys)
+    nn.init.normal_(model.head.cls_score.weight, std=0.3)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    path = tmp_path / "model.onnx"
+    run = export("retinanet_conv", path, tmp_path / "model.pth", overrides=keys)
+    assert run.returncode == 0, run.stderr
+    for size in ("1x1x640x640", "1x1x480x641", "2x1x640x320", "\n640x640, "):
+        assert size in run.stdout
+    assert "The model has 5 classes, but the config's datasets name none" in run.stdout
+    photograph = digits / "val" / "000001.jpg"
+    cfg = load_config(str(CONFIGS / "retinanet_conv.yaml"), [*SMALL, *keys])
+    with torch.no_grad():
+        (found,) = model([build_test_mapper(cfg)({"file_name": str(photograph)})])
+    boxes, scores, classes = script_of_the_docs(path)["detect"](Image.open(photograph))
+    assert len(scores) > 5
+    np.testing.assert_array_equal(classes, found["instances"].pred_classes.numpy())
+    np.testing.assert_allclose(scores, found["instances"].scores.numpy(), rtol=1e-3)
+    np.testing.assert_allclose(boxes, found["instances"].pred_boxes.tensor.numpy(), atol=0.05)
+
+
+def test_a_failure_leaves_the_file_of_before(tmp_path):
+    path, weights = tmp_path / "model.pt2", tmp_path / "model.pth"
+    path.write_text("of before")
+    model = small("retinanet_conv", *TWO_LEVELS)
+    # Of the two outputs the second; the first stays a number.
+    nn.init.constant_(model.head.cls_score.bias, float("nan"))
+    torch.save({"model": model.state_dict()}, weights)
+    for limits, sentence in (
+        ({}, "differs from eager by nan, more than 0.0001; it is not kept."),
+        ({"largest_file": 2**20}, f"{path}' cannot be written: [Errno 27] File too large"),
+    ):
+        options = ["--keep-operators"]
+        run = export("retinanet_conv", path, weights, *options, overrides=TWO_LEVELS, **limits)
+        assert run.returncode == 1
+        assert run.stderr.splitlines()[-1].startswith("error: ")
+        assert run.stderr.splitlines()[-1].endswith(sentence)
+        assert "Traceback" not in run.stderr
+        assert path.read_text() == "of before"
+        assert sorted(tmp_path.iterdir()) == [path, weights]
+
+
+def test_overrides_may_follow_the_files_of_before(tmp_path, monkeypatch):
+    words = ["--config", "a.yaml", "--output", "b.onnx", "--beside", "c.onnx", "MODEL.WEIGHTS", "d"]
+    monkeypatch.setattr("sys.argv", ["export_model.py", *words])
+    args = runpy.run_path(str(ROOT / "tools" / "export_model.py"))["parse_args"]()
+    assert (args.beside, args.opts) == (["c.onnx"], ["MODEL.WEIGHTS", "d"])
 
 
 @pytest.mark.slow
@@ -327,6 +399,7 @@ def test_the_program_of_a_faster_rcnns_backbone_keeps_the_operators_or_needs_tor
         ("model.onnx", "nothing.pth", [], "checkpoint 'nothing.pth' of MODEL.WEIGHTS does not ex"),
         ("model.onnx", "other", [], "stem.attention.query_key_weight is not in it"),
         ("model.onnx", "", ["--beside", "no.onnx"], "The file 'no.onnx' of --beside does not"),
+        ("model.onnx", "", ["--beside", "setup.py"], "ONNX Runtime cannot open 'setup.py' of -"),
         ("file/model.pt2", "", [], "file' cannot be written: File exists; choose another."),
     ],
 )

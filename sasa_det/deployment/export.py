@@ -33,7 +33,7 @@ def export_program(network: ExportedNetwork, *, keep_operators: bool = False) ->
             loads the program imports ``sasa_det.ops`` before. Otherwise torch is enough.
     """
     # Different sizes of more than one position, which the exporter is not to take for constants.
-    image = torch.zeros(2, 3, 3 * network.max_stride, 4 * network.max_stride)
+    image = torch.zeros(2, network.channels, 3 * network.max_stride, 4 * network.max_stride)
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.export.export(network, (image,), dynamic_shapes=(sizes,))

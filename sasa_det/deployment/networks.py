@@ -21,6 +21,7 @@ class ExportedNetwork(nn.Module):
         output_names (tuple[str]): of what ``forward`` returns.
         divisor (int): of height and width after padding.
         max_stride (int): of the coarsest map.
+        channels (int): C of the images, as many as ``MODEL.PIXEL_MEAN`` has.
     """
 
     output_names: tuple[str, ...]
@@ -29,6 +30,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.model = fold_batch_norm(model)
         backbone: Any = self.model.backbone
+        self.channels = self.model.pixel_mean.numel()  # type: ignore[operator,union-attr]
         self.divisor = max(backbone.size_divisibility, 1)
         self.max_stride = max(shape.stride for shape in backbone.output_shape().values())
 
@@ -47,7 +49,7 @@ class DetectorNetwork(ExportedNetwork):
     """A RetinaNet up to its decoded boxes and scores; what remains is top-k and NMS.
 
     Shape:
-        images (N, 3, H, W): float32, 0 to 255, channels as ``INPUT.FORMAT`` says (BGR), any size.
+        images (N, C, H, W): float32, 0 to 255, channels as ``INPUT.FORMAT`` says (BGR), any size.
         boxes (N, R, 4): of all R anchors, left, top, right, bottom in pixels, not clipped.
         scores (N, R, K): of the classes, after the sigmoid.
         levels (R,): int64, which level of the pyramid an anchor is of, 0 being the finest.
@@ -78,8 +80,8 @@ class BackboneNetwork(ExportedNetwork):
     """The backbone of any detector: its maps, by their names, of the padded images.
 
     Shape:
-        images (N, 3, H, W): as of :class:`DetectorNetwork`.
-        maps (N, C, H', W'): one for each of ``output_names``.
+        images (N, C, H, W): as of :class:`DetectorNetwork`.
+        maps (N, D, H', W'): one for each of ``output_names``.
     """
 
     def __init__(self, model: Any) -> None:
