@@ -22,6 +22,10 @@ from sasa_det.weight_files import (
 from sasa_det.whole_files import CheckpointError, save_whole, write_text
 
 SHOWN_MISMATCHES = 3
+# Buffers in checkpoints of other versions and norms; a model has its own.
+_OF_OTHER_VERSIONS = re.compile(
+    r"(^|\.)(pixel_mean|pixel_std|cell_anchors\.\d+|num_batches_tracked)$"
+)
 
 
 class WholeCheckpointer(SafeCheckpointer):
@@ -100,11 +104,11 @@ class WholeCheckpointer(SafeCheckpointer):
 
 
 class StrictCheckpointer(WholeCheckpointer):
-    """Refuses what detectron2 warns of: a model that predicts needs each of its weights."""
+    """Refuses what detectron2 warns of: a model that predicts needs each of its weights, and of a
+    checkpoint that has more than those another model was trained."""
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
-        # Which few checkpoints of other origin have, and only training reads.
         names = [n for n in incompatible.missing_keys if not n.endswith("num_batches_tracked")]
         if names:
             shapes = {name: shapes for name, *shapes in incompatible.incorrect_shapes}
@@ -116,6 +120,13 @@ class StrictCheckpointer(WholeCheckpointer):
                 f"The checkpoint does not fit the config: {len(names)} of the model's tensors are "
                 f"missing or of another shape, for instance {first}; give the config it was "
                 "trained with."
+            )
+        names = [n for n in incompatible.unexpected_keys if not _OF_OTHER_VERSIONS.search(n)]
+        # Where names are matched by their ends, detectron's own files have some of no model.
+        if names and not checkpoint.get("matching_heuristics"):
+            raise RefusedWeightsError(
+                f"The checkpoint does not fit the config: {len(names)} of its tensors have no "
+                f"place in the model, for instance {names[0]}; give the config it was trained with."
             )
         return incompatible
 

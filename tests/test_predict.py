@@ -163,6 +163,16 @@ def test_masks_of_a_real_photograph_by_mask_rcnn_without_our_backbone(
     evaluation.accumulate()
 
 
+def test_buffers_of_other_versions_of_detectron2_do_no_harm(mask_rcnn, tmp_path):
+    cfg = load_config(mask_rcnn[1])
+    content = torch.load(cfg.MODEL.WEIGHTS)
+    for name in ("pixel_mean", "proposal_generator.anchor_generator.cell_anchors.0"):
+        content["model"][name] = torch.zeros(3)
+    content["model"]["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = torch.tensor(1)
+    torch.save(content, tmp_path / "model.pth")
+    load_model(load_config(mask_rcnn[1], ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]))
+
+
 def test_ids_and_names_of_the_classes():
     coco = load_metadata(load_config(str(CONFIGS / "retinanet_conv.yaml")))
     assert categories_of(coco)[79] == {"id": 90, "name": "toothbrush"}

@@ -244,9 +244,14 @@ def test_a_mistake_is_answered_in_one_sentence(
             "80",
             "weight is 60x64x1x1 there and 480x64x1x1 in",
         ),
+        (
+            "MODEL.SASA.POSITION",
+            "none",
+            "of its tensors have no place in the model, for instance backbone.bottom_up.stem.att",
+        ),
         ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.9", "The model detects nothing on the image;"),
     ],
-    ids=["missing", "none", "unreadable", "depth", "head", "classes", "nothing"],
+    ids=["missing", "none", "unreadable", "depth", "head", "classes", "position", "nothing"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(
     call_tool, untrained_demo, digits, tmp_path, key, value, sentence
