@@ -17,6 +17,7 @@ from sasa_det.weight_files import (
     SAFETENSORS,
     RefusedWeightsError,
     SafeCheckpointer,
+    model_of,
     read_weights,
 )
 from sasa_det.whole_files import CheckpointError, save_whole, write_text
@@ -161,7 +162,7 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     content = read_weights(path)
     if not path.endswith((".pth", SAFETENSORS)):
         return
-    theirs = _shapes(_tensors(content))
+    theirs = _shapes(model_of(content, path))
     with torch.device("meta"):
         ours = _shapes(build_backbone(cfg).state_dict())
     mismatches = [
@@ -231,16 +232,10 @@ def _is_convolutional(weights: str) -> bool:
     if not weights.endswith((".pth", SAFETENSORS)) or not Path(weights).is_file():
         return False
     try:
-        tensors = _tensors(read_weights(weights))
+        tensors = model_of(read_weights(weights), weights)
     except RefusedWeightsError:
         return False
     return not any(".attention." in name for name in tensors)
-
-
-def _tensors(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint's model, by name."""
-    tensors = content.get("model", content)
-    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

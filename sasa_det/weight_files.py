@@ -31,7 +31,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, but nothing that a file says is executed; reads .safetensors too.
 
     Raises:
-        RefusedWeightsError: on loading, for a file that would execute something or is damaged.
+        RefusedWeightsError: on loading, for a file that would execute something, is damaged or
+            holds something else.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -41,10 +42,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not _is_trusting():
             read_weights(filename)
         with _arrays_allowed():
-            return super()._load_file(filename)
+            content = super()._load_file(filename)
+        model_of(content, filename)
+        return content
 
 
-def read_weights(path: str, suffix: str = "") -> Any:
+def read_weights(path: str, suffix: str = "") -> dict[str, Any]:
     """What is in a local .pkl, .safetensors or torch file; tensors of torch's are mapped from disk.
 
     Args:
@@ -53,10 +56,39 @@ def read_weights(path: str, suffix: str = "") -> Any:
 
     Raises:
         RefusedWeightsError: if it holds more than plain containers, arrays and tensors, with the
-            way to load it all the same; or if it cannot be read.
+            way to load it all the same; if it cannot be read; or if it holds no names.
         OSError: if the file cannot be opened.
     """
-    suffix = suffix or Path(path).suffix
+    content = _read(path, suffix or Path(path).suffix)
+    if not isinstance(content, dict):
+        raise RefusedWeightsError(
+            f"The file {path!r} holds a {type(content).__name__}, where tensors by their names "
+            "belong; give a checkpoint."
+        )
+    return content
+
+
+def model_of(content: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """The state of the model in a checkpoint of detectron2's, or a state dict by itself.
+
+    Raises:
+        RefusedWeightsError: if there is none; it names the path.
+    """
+    model = content.get("model", content)
+    if isinstance(model, Mapping):
+        tensors = {
+            name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+            for name, x in model.items()
+        }
+        if tensors and all(isinstance(x, Tensor) for x in tensors.values()):
+            return tensors
+    raise RefusedWeightsError(
+        f"The checkpoint {path!r} holds no state of a detectron2 model; ResNets of other makers go "
+        "through tools/convert_resnet.py."
+    )
+
+
+def _read(path: str, suffix: str) -> Any:
     try:
         if suffix == SAFETENSORS:
             return _read_safetensors(path)

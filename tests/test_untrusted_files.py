@@ -121,6 +121,27 @@ def test_what_is_no_checkpoint_is_named(name, content, tmp_path):
         SafeCheckpointer(nn.Linear(1, 1)).load(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *([1], 3, None, np.ones(1), {"state_dict": {"weight": np.ones((1, 1))}}),
+        *({"model": x} for x in ([1], None, 3, {}, {"a": 1})),
+    ],
+    ids=str,
+)
+def test_weights_that_are_no_model_are_named_before_and_when_they_are_loaded(
+    suffix, content, tmp_path
+):
+    path = write(content, tmp_path / f"a{suffix}")
+    sentence = re.escape(path) + "' holds (a |no state of a detectron2 model; ResNets of other)"
+    with pytest.raises(RefusedWeightsError, match=sentence):
+        SafeCheckpointer(nn.Linear(1, 1)).load(path)
+    if suffix == ".pth" or not isinstance(content, dict):
+        with pytest.raises(RefusedWeightsError, match=sentence):
+            check_weights(path, load_config(str(CONFIGS / "demo.yaml")))
+
+
 def tool(*arguments):
     run = run_tool(*arguments)
     assert run.returncode == 1

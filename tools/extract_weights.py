@@ -10,18 +10,12 @@ with detectron2 read. MODEL.WEIGHTS takes both.
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import sasa_det  # noqa: F401  (before detectron2, see compat.py)
 
 # isort: split
-import numpy as np
-import torch
-from torch import Tensor
-
-from sasa_det.weight_files import check_suffix, read_weights, write_weights
+from sasa_det.weight_files import check_suffix, model_of, read_weights, write_weights
 from sasa_det.whole_files import make_folder_of
 
 
@@ -41,26 +35,6 @@ def main() -> None:
     write_weights(tensors, args.output, matching_heuristics=heuristics)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     print(f"{len(tensors)} tensors with {numbers:,} numbers, for MODEL.WEIGHTS: {args.output}")
-
-
-def model_of(content: Any, path: str) -> dict[str, Tensor]:
-    """The state of the model in a checkpoint of detectron2's, or a state dict by itself.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    model = content.get("model", content) if isinstance(content, Mapping) else None
-    if isinstance(model, Mapping):
-        tensors = {
-            name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x
-            for name, x in model.items()
-        }
-        if tensors and all(isinstance(x, Tensor) for x in tensors.values()):
-            return tensors
-    raise ValueError(
-        f"The checkpoint {path!r} holds no state of a detectron2 model; ResNets of other makers go "
-        "through tools/convert_resnet.py."
-    )
 
 
 def parse_args() -> argparse.Namespace:
