@@ -111,6 +111,8 @@ def test_grey_is_no_finding_unless_it_is_cut(name, found, tmp_path):
     SOUND_GREY[name](tmp_path / name)
     assert found(name) == {}
     assert abs(read_image(tmp_path / name, "BGR").astype(int) - RAMP[..., None]).max() <= 4
+    mapper = build_test_mapper(load_config(str(CONFIGS / "demo.yaml")))
+    assert mapper({"file_name": str(tmp_path / name)})["image"].max() > 100
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,10 @@ def test_greys_that_detectron2_cuts_to_white_or_black_are_found(
     (message,) = found(name).values()
     assert message.startswith(f"has grey values {values}")
     assert abs(read_image(tmp_path / name, "BGR").astype(int) - RAMP[..., None]).mean() > 10
+    mapper = build_test_mapper(load_config(str(CONFIGS / "demo.yaml")))
+    sentence = f"The image '{tmp_path / name}' cannot be used: it {message}; scale them to 8 bits"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        mapper({"file_name": str(tmp_path / name)})
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -18,7 +18,7 @@ _WRONG_PIXELS = Effect(ERROR, "takes the wrong pixels without a word")
 UNREADABLE = Kind("unreadable image", STOPS, STOPS)
 DAMAGED = Kind("damaged image", _WRONG_PIXELS, _WRONG_PIXELS)
 WRONG_SIZE = Kind("image size unlike its record", STOPS, STOPS)
-BEYOND_8_BITS = Kind("image of more than 8 bits", _WRONG_PIXELS, _WRONG_PIXELS)
+BEYOND_8_BITS = Kind("image of more than 8 bits", STOPS, STOPS)
 _HIDDEN = Effect(WARNING, "shows the colours that are hidden under transparent pixels")
 TRANSPARENT = Kind("transparent image", _HIDDEN, _HIDDEN)
 _TURNS = Effect(WARNING, "turns the picture, so boxes drawn on the file as it is are elsewhere")
@@ -47,7 +47,7 @@ def check_image(data: AnnotationFile, image: dict, use: Use) -> list[Finding]:
             faults = [
                 _size_fault(opened, (width, height), recorded),
                 _orientation_fault(opened, (width, height), recorded),
-                _depth_fault(opened),
+                depth_fault(opened),
                 _transparency_fault(opened),
             ]
         faults.append(_checksum_fault(path))
@@ -92,7 +92,7 @@ def _orientation_fault(image: Image.Image, size: _Size, recorded: _Size) -> _Fau
     return TURNED, f"has the EXIF orientation {orientation}, which its size does not show"
 
 
-def _depth_fault(image: Image.Image) -> _Fault:
+def depth_fault(image: Image.Image) -> _Fault:
     """Pillow cuts greys at 0 and 255 where they have more than 8 bits or are fractions."""
     if not image.mode.startswith(("I", "F")):
         return None

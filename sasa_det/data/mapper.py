@@ -6,7 +6,11 @@ import detectron2.data.transforms as T
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.utils.file_io import PathManager
 from fvcore.transforms.transform import CropTransform, PadTransform, TransformList
+from PIL import Image
+
+from .image_checks import depth_fault
 
 IGNORED_STUFF = 255  # what detectron2's semantic segmentation learns nothing from
 
@@ -15,11 +19,16 @@ class RecordMapper(DatasetMapper):
     """detectron2's mapper, whose errors name the image.
 
     Raises:
-        ValueError: for whatever is wrong with the image's file or its record.
+        ValueError: for whatever is wrong with the image's file or its record; and for greys that
+            detectron2 would cut to white or black.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
+            with PathManager.open(dataset_dict["file_name"], "rb") as file:
+                fault = depth_fault(Image.open(file))
+            if fault:
+                raise ValueError(f"it {fault[1]}; scale them to 8 bits")
             return super().__call__(dataset_dict)
         except Exception as error:  # Pillow alone has half a dozen classes for a broken file
             record = (
