@@ -34,6 +34,7 @@ from sasa_det.classification import (
 )
 from sasa_det.config import load_config
 from sasa_det.data.classification import TrainingBatches, load_images
+from sasa_det.distributed import TERMINATED
 
 # The backbone of configs/demo.yaml.
 RECIPE = ClassifierRecipe(
@@ -48,7 +49,9 @@ OPTIONS += " --epochs 8 --warmup-epochs 1 --batch-size 30 --lr 0.02"
 def start(*arguments):
     command = [sys.executable, "tools/train_classifier.py", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        start_new_session=True,
     )
 
 
@@ -103,16 +106,19 @@ def test_it_learns_and_writes_its_figures(trained):
 
 
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(trained, pictures, tmp_path):
-    command = ["--data", pictures, "--output", tmp_path, *OPTIONS.split()]
-    run = start(*command, "--workers", 1)
-    while not (tmp_path / "last_checkpoint").exists():
-        assert run.poll() is None, run.stdout.read()[-3000:]
-        time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    run.stdout.close()
+    command = ["--data", pictures, "--output", tmp_path, *OPTIONS.split(), "--resume"]
+    tag = tmp_path / "last_checkpoint"
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, TERMINATED)):
+        before = tag.read_text() if tag.exists() else ""
+        run = start(*command, "--workers", 1)
+        while not tag.exists() or tag.read_text() == before:
+            assert run.poll() is None, run.stdout.read()[-3000:]
+            time.sleep(0.05)
+        os.killpg(run.pid, number)  # those that load images, too, as schedulers do
+        said, _ = run.communicate()
+        assert run.returncode == status, said[-3000:]
     assert not (tmp_path / "model_final.pth").exists()
-    output = train(*command, "--resume", "--workers", 2)
+    output = train(*command, "--workers", 2)
     assert "Starting training from iteration 0" not in output
     resumed, wanted = flat(load(tmp_path)), flat(load(trained))
     assert resumed.keys() == wanted.keys()

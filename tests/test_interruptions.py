@@ -25,6 +25,7 @@ import sasa_det  # noqa: F401
 from sasa_det.checkpoint import CheckpointError, WholeCheckpointer, what_is_damaged
 from sasa_det.config import load_config
 from sasa_det.data import TrainLoader, build_train_mapper
+from sasa_det.data.digits import generate_digits
 from sasa_det.distributed import TERMINATED, termination_passed_on
 
 # Two sizes and flips in another process: all that is random about the images.
@@ -143,6 +144,20 @@ def test_told_to_end_it_saves_the_running_step_and_leaves(troubled):
     step = torch.load(output / name, weights_only=True)["iteration"]
     assert name == f"model_{step:07d}.pth"
     assert f"SIGTERM: saved {name} after step {step}; go on with the same command" in run.stdout
+
+
+def test_told_to_end_in_an_evaluation_it_ends_that_and_the_step_and_saves(tmp_path):
+    generate_digits(tmp_path / "sasa_digits", "val", 30, seed=0)
+    evaluation = ["DATASETS.TEST", "('sasa_digits_val',)", "INPUT.MIN_SIZE_TEST", 32]
+    environment = {"DETECTRON2_DATASETS": str(tmp_path)}
+    command = training(tmp_path, *evaluation, "TEST.EVAL_PERIOD", 2, environment=environment)
+    log = tmp_path / "log.txt"
+    assert wait_for(command, lambda: log.exists() and "Inference done" in log.read_text())
+    for pid in all_processes(command):
+        os.kill(pid, signal.SIGTERM)
+    run = command.wait()
+    assert run.returncode == TERMINATED, run.stdout[-2000:] + run.stderr[-2000:]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
 
 
 def test_on_a_full_disk_it_says_so_and_the_last_checkpoint_is_whole(troubled):

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
+from .workers import living_as_long_as_the_training
+
 FORMATS = ("folder", "cifar10")
 _CIFAR10_SIZE = 32
 
@@ -157,11 +159,21 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
 def train_loader(images: Dataset, batches: TrainingBatches, num_workers: int) -> DataLoader:
     """Batches (uint8 images (N, 3, H, W), labels (N,)) for one process."""
-    pin_memory = torch.cuda.is_available()
-    return DataLoader(images, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=living_as_long_as_the_training(),
+    )
 
 
 def val_loader(images: Dataset, batch_size: int, num_workers: int) -> DataLoader:
     """Each image once, shared out to the processes; ``batch_size`` is of one process."""
-    sampler = InferenceSampler(len(cast(Sized, images)))
-    return DataLoader(images, batch_size, sampler=sampler, num_workers=num_workers)
+    return DataLoader(
+        images,
+        batch_size,
+        sampler=InferenceSampler(len(cast(Sized, images))),
+        num_workers=num_workers,
+        worker_init_fn=living_as_long_as_the_training(),
+    )

@@ -1,15 +1,8 @@
 """Training data whose batches depend on the step: not on processes, workers or interruptions."""
 
-import functools
-import multiprocessing
-import multiprocessing.util
-import os
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import numpy as np
@@ -19,6 +12,8 @@ from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .workers import living_as_long_as_the_training
 
 
 class TrainLoader:
@@ -54,15 +49,12 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator: it begins with the first step, when it is known which one that is.
-        is_ending = multiprocessing.Event()
-        # Before the workers are told to end, which the module does when its process exits.
-        multiprocessing.util.Finalize(None, is_ending.set, exitpriority=100)
         batches = DataLoader(
             SeededImages(self.mapped),
             batch_sampler=TrainingBatches(self),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=functools.partial(_live_as_long_as_the_training, is_ending),
+            worker_init_fn=living_as_long_as_the_training(),
         )
         for step, batch in enumerate(batches, self.start):
             _seed((self.seed, step, comm.get_rank()))
@@ -120,25 +112,3 @@ def _seed(entropy: tuple[int, ...]) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _live_as_long_as_the_training(is_ending: Event, worker: int) -> None:
-    """Ignores the SIGTERM that schedulers send to all processes: the last step needs its images.
-
-    But leaves when the training is killed. torch sees that only where the training is the parent,
-    not where a fork server is, which Python 3.14 takes by default.
-    """
-
-    def leave_if_ending(*signal_and_frame: Any) -> None:
-        if is_ending.is_set():
-            os._exit(0)
-
-    signal.signal(signal.SIGTERM, leave_if_ending)
-    threading.Thread(
-        target=_leave_after, args=[multiprocessing.parent_process()], daemon=True
-    ).start()
-
-
-def _leave_after(training: Any) -> None:
-    training.join()
-    os._exit(1)
