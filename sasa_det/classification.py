@@ -289,18 +289,13 @@ class ClassifierTrainer(SimpleTrainer):
         loader = data.val_loader(images, self._batch_of_a_process(), self.num_workers)
         results = inference_on_dataset(self.average.module, loader, Accuracy())
         if comm.is_main_process():
+            # After the last step detectron2 counts one more.
+            steps = min(self.iter + 1, self.max_iter)
             model = {
-                "depth": recipe.depth,
-                "stem": recipe.stem,
-                "attention_stages": recipe.attention_stages,
-                "width": recipe.width,
-                "image_size": recipe.image_size,
-                "kernel_size": recipe.kernel_size,
-                "num_classes": len(self.images[0].classes),
-                "epochs": recipe.epochs,
-                "batch_size": recipe.batch_size,
+                **asdict(recipe),
                 "lr": recipe.base_lr(),
-                "seed": recipe.seed,
+                "num_classes": len(self.images[0].classes),
+                "epochs_trained": steps // self.steps_per_epoch,
             }
             by_dataset = {self.dataset_name: {**results, "model": model}}
             write_results(by_dataset, Path(self.output_dir) / RESULTS_FILE)

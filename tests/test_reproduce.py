@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -15,10 +16,11 @@ from conftest import CONFIGS, ROOT
 
 from sasa_det.analysis import tables
 from sasa_det.analysis.paper import ABLATIONS, TABLE_2
-from sasa_det.analysis.reproduction import trained_detector
+from sasa_det.analysis.reproduction import trained_classifier, trained_detector
 from sasa_det.analysis.reproduction_report import as_csv, as_data, as_markdown
-from sasa_det.analysis.runs import architecture, find_runs, read_run
+from sasa_det.analysis.runs import ClassifierRun, architecture, find_runs, read_run
 from sasa_det.analysis.tradeoff import draw_tradeoff
+from sasa_det.classification import ClassifierRecipe
 from sasa_det.config import load_config
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -172,6 +174,18 @@ def test_rows_trained_differently_get_one_warning_and_seeds_must_be_alike(tmp_pa
         small_table_2().add(read(first, twice))
 
 
+def test_classifiers_of_different_recipes_are_no_seeds_of_one_training(tmp_path):
+    def run(seed, **options):
+        recipe = ClassifierRecipe(seed=seed, **options)
+        model = {**asdict(recipe), "epochs_trained": recipe.epochs}
+        return trained_classifier(ClassifierRun(tmp_path / str(seed), model, {"a_val": {}}))
+
+    table = tables.table_1(dataset="a_val")
+    assert table.add([run(0), run(1)]) == []
+    with pytest.raises(ValueError, match=r"differ in weight_decay: 0.0001 or 0.001"):
+        table.add([run(2, weight_decay=1e-3)])
+
+
 def test_only_a_finished_training_is_measured(tmp_path):
     early = make_run(tmp_path / "early", "retinanet_conv", last=1499)
     assert "those after 1500 of 3000 iterations" in read_run(early).unfinished
@@ -214,16 +228,19 @@ def test_a_file_that_makes_no_sense_is_named(tmp_path):
 
 def test_the_tool_counts_table_1_and_reads_classifiers(tmp_path):
     model = {"depth": 26, "stem": "conv", "attention_stages": [], "width": 16, "image_size": 32}
-    results = {"classification": {"top1": 70.0, "top5": 90.0}, "model": {**model, "num_classes": 9}}
-    for name, files in {"a": ["model_final.pth"], "b": []}.items():
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "evaluation.json").write_text(json.dumps({"nine_val": results}))
-        for file in files:
-            (tmp_path / "runs" / name / file).touch()
+    model = {**model, "num_classes": 9, "epochs": 8}
+    for name, trained in {"a": {}, "b": {}, "c": {"epochs_trained": 7}}.items():
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        figures = {"classification": {"top1": 70.0, "top5": 90.0}, "model": {**model, **trained}}
+        (folder / "evaluation.json").write_text(json.dumps({"nine_val": figures}))
+        if name != "b":
+            (folder / "model_final.pth").touch()
     options = ["--runs", tmp_path / "runs", "--dataset", "nine_val", "--output", tmp_path / "out"]
     run = run_tool("tools/reproduce.py", "table1", *options)
     assert run.returncode == 0, run.stderr
     assert "runs/b' has no model_final.pth, so it is not finished" in run.stderr
+    assert "runs/c' has figures after 7 of 8 epochs, so it is not finished" in run.stderr
     files = {f"table1.{kind}" for kind in ("md", "csv", "json", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert (tmp_path / "out" / "table1.md").read_text() in run.stdout + "\n"

@@ -93,12 +93,8 @@ def read_classifiers(folders: list[Path]) -> tuple[list[Trained], list[str]]:
         run = read_classifier(folder)
         if run is None:
             warnings.append(f"The run {str(folder)!r} is no classifier's.")
-        elif not (folder / "model_final.pth").is_file():
-            # Evaluated after each epoch, so the figures may be those of any.
-            warnings.append(
-                f"The run {str(folder)!r} has no model_final.pth, so it is not finished; go on "
-                "with --resume."
-            )
+        elif run.unfinished:
+            warnings.append(run.unfinished)
         else:
             finished.append(trained_classifier(run))
     return finished, warnings

@@ -197,7 +197,7 @@ def trained_classifier(run: ClassifierRun) -> Trained:
     """Of what its file says of the model, the row's part is what Table 1 varies."""
     model = {"kernel_size": 7, **run.model}
     stages = tuple(sorted(model.get("attention_stages", ("unknown",))))
-    names = ("stem", "depth", "attention_stages", "seed")
+    names = ("stem", "depth", "attention_stages", "seed", "epochs_trained")
     is_row = model["kernel_size"] == 7 and model.get("position", "relative") == "relative"
     return Trained(
         folder=run.folder,

@@ -195,6 +195,25 @@ class ClassifierRun(NamedTuple):
     model: dict[str, Any]
     results: dict[str, dict[str, float | None]]
 
+    @property
+    def unfinished(self) -> str | None:
+        """One sentence why its figures are not those of the finished training, or None.
+
+        They are taken after each epoch; files of older trainings do not say after which.
+        """
+        epochs = self.model.get("epochs")
+        trained = self.model.get("epochs_trained", epochs)
+        if trained != epochs:
+            reason = f"has figures after {trained} of {epochs} epochs"
+        elif not (self.folder / "model_final.pth").is_file():
+            reason = "has no model_final.pth"
+        else:
+            return None
+        return (
+            f"The run {str(self.folder)!r} {reason}, so it is not finished; go on with "
+            "tools/train_classifier.py --resume."
+        )
+
 
 def read_classifier(folder: Path) -> ClassifierRun | None:
     """None for a run that is no classifier's.
