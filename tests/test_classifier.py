@@ -289,6 +289,42 @@ def test_batches_cover_an_epoch_once_and_continue_alike_from_any_step():
     assert list(TrainingBatches(25, 10, 3, 6)) == batches[3:]
 
 
+def test_the_batches_of_another_seed_have_nothing_in_common_with_these():
+    ours, theirs = (list(TrainingBatches(25, 10, 0, 40, seed)) for seed in (0, 1))
+    seeds = [{seed for batch in batches for _, seed in batch} for batches in (ours, theirs)]
+    assert seeds[0].isdisjoint(seeds[1])
+    orders = {tuple(i for i, _ in batch) for batch in ours + theirs}
+    assert len(orders) == 80
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_ends_the_training_in_a_sentence_with_its_name(
+    workers, pictures, tmp_path
+):
+    broken = tmp_path / "train" / "0" / "broken.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"")
+    (tmp_path / "val").symlink_to(pictures / "val")
+    for name in CLASSES[1:]:
+        (tmp_path / "train" / name).symlink_to(pictures / "train" / name)
+    options = [*OPTIONS.split(), "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 181]
+    options += ["--output", tmp_path / "out", "--workers", workers]
+    run = run_tool("tools/train_classifier.py", "--data", tmp_path, *options)
+    assert run.returncode == 1
+    sentence = f"error: The image '{broken}' cannot be used: cannot identify image file"
+    assert run.stderr.splitlines()[-1].startswith(sentence)
+
+
+def test_a_diverged_training_ends_in_a_sentence_with_step_and_loss(pictures, tmp_path):
+    options = [*OPTIONS.split(), "--lr", "1e30", "--output", tmp_path, "--workers", 0]
+    run = run_tool("tools/train_classifier.py", "--data", pictures, *options)
+    assert run.returncode == 1
+    sentence = run.stderr.splitlines()[-1]
+    assert "at iteration=" in sentence
+    assert "loss_cls" in sentence
+    assert sentence.endswith("; start anew with a lower --lr.")
+
+
 def test_labels_are_the_trainings_where_validation_lacks_a_class(pictures, tmp_path):
     (tmp_path / "train").symlink_to(pictures / "train")
     (tmp_path / "val" / "1").mkdir(parents=True)
@@ -323,8 +359,18 @@ def test_a_checkpoint_of_another_run_is_named_with_the_first_differences(trained
         (["--epochs", "0"], "--epochs: must be 1 or more, but is 0"),
         (["--num-gpus", "99"], "--num-gpus is 99, but this machine has"),
         (["--output", "{trained}", "--resume", "--batch-size", "30"], "depth is 26, not 50, k"),
+        (["--output", "{trained}/metrics.json"], "metrics.json' is a file; name a folder."),
+        (["--seed", "-1"], "error: --seed must be from 0 to 4294967295, but is -1."),
+        (["--workers", "-1"], "--workers must be 0 or more, but is -1."),
+        (["--min-crop", "1.5"], "--min-crop must be above 0 and not above 1, but is 1.5."),
+        (["--min-crop", "0"], "--min-crop must be above 0 and not above 1, but is 0.0."),
+        (["--lr", "nan"], "--lr must be a number above 0, but is nan."),
+        (["--momentum", "-1"], "--momentum must be from 0 to below 1, but is -1.0."),
+        (["--weight-decay", "-1"], "--weight-decay must be a number from 0, but is -1.0."),
+        (["--label-smoothing", "2"], "--label-smoothing must be from 0 to 1, but is 2.0."),
+        (["--ema-decay", "2"], "--ema-decay must be from 0 to 1, but is 2.0."),
     ],
-    ids=["folder", "batch", "heads", "depth", "epochs", "gpus", "resume"],
+    ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "",
 )
 def test_a_mistake_is_answered_in_one_sentence(
     arguments, sentence, pictures, trained, monkeypatch, capsys

@@ -14,7 +14,9 @@ default the paper's on ImageNet.
 
 import argparse
 import logging
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from sasa_det.checkpoint import CheckpointError
 from sasa_det.classification import ClassifierRecipe, ClassifierTrainer, check_resume
 from sasa_det.config import STAGES, STEMS
 from sasa_det.data.classification import FORMATS, load_images
+from sasa_det.data.workers import UnusableImageError
 from sasa_det.distributed import check_launch, launch, num_processes
 
 
@@ -38,8 +41,10 @@ def main(args: argparse.Namespace) -> None:
     """In each process; what the user can do something about ends in one sentence."""
     try:
         run(args)
-    except CheckpointError as error:
+    except (CheckpointError, UnusableImageError) as error:
         sys.exit(f"error: {error}")
+    except FloatingPointError as error:  # detectron2's, of several lines
+        sys.exit(f"error: {' '.join(str(error).split())}; start anew with a lower --lr.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,6 +81,13 @@ def setup(args: argparse.Namespace) -> None:
     args.cuda = torch.cuda.is_available()
     args.precision = args.precision or ("bfloat16" if args.cuda else "float32")
     check_launch(args, "cuda" if args.cuda else "cpu")
+    for name, is_possible, allowed in RANGES:
+        value = getattr(args, name)
+        if value is not None and not is_possible(value):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} must be {allowed}, but is {value}.")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output!r} is a file; name a folder.")
     processes = num_processes(args)
     if args.batch_size % processes:
         raise ValueError(
@@ -164,6 +176,16 @@ RECIPE_OPTIONS = (
     ("label_smoothing", float, "of the cross-entropy"),
     ("ema_decay", float, "of the average that is evaluated and saved"),
     ("seed", int, "of weights, order and augmentation"),
+)
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
+    ("workers", lambda x: x >= 0, "0 or more"),
+    ("min_crop", lambda x: 0 < x <= 1, "above 0 and not above 1"),
+    ("lr", lambda x: 0 < x < math.inf, "a number above 0"),
+    ("momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("weight_decay", lambda x: 0 <= x < math.inf, "a number from 0"),
+    ("label_smoothing", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("ema_decay", lambda x: 0 <= x <= 1, "from 0 to 1"),
 )
 
 

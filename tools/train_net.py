@@ -32,6 +32,7 @@ from sasa_det.checkpoint import (
 )
 from sasa_det.config import check_processes, check_trainable, load_config
 from sasa_det.data import check_config_datasets
+from sasa_det.data.workers import UnusableImageError
 from sasa_det.distributed import check_launch, launch, num_processes
 from sasa_det.divergence import DivergedError
 from sasa_det.engine import Trainer
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     """In each process; what the user can do something about ends in one sentence."""
     try:
         run(args)
-    except (CheckpointError, DivergedError, RefusedWeightsError) as error:
+    except (CheckpointError, DivergedError, RefusedWeightsError, UnusableImageError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode, v2
 
-from .workers import living_as_long_as_the_training
+from .workers import UnusableImageError, living_as_long_as_the_training
 
 FORMATS = ("folder", "cifar10")
 _CIFAR10_SIZE = 32
@@ -49,8 +51,8 @@ def load_images(root: str, data_format: str) -> tuple[LabelledImages, LabelledIm
                 f"{str(folder)!r} has no folders of images; --data must name a folder with "
                 "train/CLASS/ and val/CLASS/ in it, as torchvision's ImageFolder wants them."
             )
-    train = ImageFolder(str(Path(root) / "train"))
-    val = ImageFolder(str(Path(root) / "val"), allow_empty=True)
+    train = ImageFolder(str(Path(root) / "train"), loader=_read_image)
+    val = ImageFolder(str(Path(root) / "val"), loader=_read_image, allow_empty=True)
     if not val.samples:
         raise FileNotFoundError(f"{val.root!r} has no images; validation needs some.")
     unknown = [name for name in val.classes if name not in train.class_to_idx]
@@ -72,6 +74,13 @@ def _load_cifar10(root: str) -> tuple[LabelledImages, LabelledImages]:
             "cifar-10-python.tar.gz there."
         ) from error
     return cast(LabelledImages, train), cast(LabelledImages, val)
+
+
+def _read_image(path: str) -> Any:
+    try:
+        return default_loader(path)
+    except Exception as error:
+        raise UnusableImageError.because_of(error, path) from error
 
 
 def train_transform(data_format: str, size: int, min_crop: float) -> v2.Transform:
@@ -129,7 +138,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         num_images (int): at least one batch.
         batch_size (int): of all processes together.
         start, stop (int): steps, counted from the beginning of the training.
-        seed (int): of the whole training.
+        seed (int): of the whole training, not negative.
     """
 
     def __init__(
@@ -149,12 +158,16 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         for step in self.steps:
             epoch, batch = divmod(step, self.num_images // self.batch_size)
             if epoch != shuffled:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
+                (order_seed,) = _seeds(1, self.seed, epoch)
+                generator = torch.Generator().manual_seed(order_seed)
                 order, shuffled = torch.randperm(self.num_images, generator=generator), epoch
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            first_seed = self.seed + step * self.batch_size
-            seeds = range(first_seed, first_seed + self.batch_size)
+            seeds = _seeds(self.batch_size, self.seed, step, 1)
             yield list(zip(indices[mine].tolist(), seeds[mine]))
+
+
+def _seeds(number: int, *entropy: int) -> list[int]:
+    return np.random.SeedSequence(entropy).generate_state(number, np.uint64).tolist()
 
 
 def train_loader(images: Dataset, batches: TrainingBatches, num_workers: int) -> DataLoader:

@@ -11,6 +11,7 @@ from fvcore.transforms.transform import CropTransform, PadTransform, TransformLi
 from PIL import Image
 
 from .image_checks import depth_fault
+from .workers import UnusableImageError
 
 IGNORED_STUFF = 255  # what detectron2's semantic segmentation learns nothing from
 
@@ -19,8 +20,8 @@ class RecordMapper(DatasetMapper):
     """detectron2's mapper, whose errors name the image.
 
     Raises:
-        ValueError: for whatever is wrong with the image's file or its record; and for greys that
-            detectron2 would cut to white or black.
+        UnusableImageError: for whatever is wrong with the image's file or its record; and for greys
+            that detectron2 would cut to white or black.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -30,14 +31,11 @@ class RecordMapper(DatasetMapper):
             if fault:
                 raise ValueError(f"it {fault[1]}; scale them to 8 bits")
             return super().__call__(dataset_dict)
-        except Exception as error:  # Pillow alone has half a dozen classes for a broken file
+        except Exception as error:
             record = (
                 f" (image_id {dataset_dict['image_id']!r})" if "image_id" in dataset_dict else ""
             )
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"The image {dataset_dict['file_name']!r}{record} cannot be used: {reason}"
-            ) from error
+            raise UnusableImageError.because_of(error, dataset_dict["file_name"], record) from error
 
 
 def build_test_mapper(cfg: CfgNode) -> DatasetMapper:

@@ -1,4 +1,4 @@
-"""The processes that load images: they outlive SIGTERM, but not the training."""
+"""The processes that load images: they outlive SIGTERM, but not the training; what they raise."""
 
 import functools
 import multiprocessing
@@ -9,6 +9,23 @@ import threading
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from typing import Any
+
+
+class UnusableImageError(ValueError):
+    """``str`` of it is one sentence, which names the file.
+
+    From a process of a DataLoader it comes with that one's stack, whose last line is the sentence.
+    """
+
+    @classmethod
+    def because_of(cls, error: Exception, path: str, record: str = "") -> "UnusableImageError":
+        """Pillow alone has half a dozen classes for a broken file."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return cls(f"The image {path!r}{record} cannot be used: {reason}")
+
+    def __str__(self) -> str:
+        last = super().__str__().strip().rpartition("\n")[2]
+        return last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
 
 
 def living_as_long_as_the_training() -> Callable[[int], None]:
