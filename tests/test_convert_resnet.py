@@ -30,6 +30,7 @@ from sasa_det.warm_start import (
     measure_norms,
     read_checkpoint,
 )
+from sasa_det.warm_start.images import image_loaders
 from sasa_det.weight_files import write_weights
 
 CONV = ["MODEL.SASA.STEM", "conv", "MODEL.SASA.ATTENTION_STAGES", "()"]
@@ -63,7 +64,10 @@ def caffe2_names(name):
 
 
 def msra_resnet(path):
-    """A narrow ResNet in the format of MSRA's: python lists, folded norms, strides in the 1x1."""
+    """A narrow ResNet in the format of MSRA's: python lists, folded norms, strides in the 1x1.
+
+    A bias before its stem's norm is the norm's mean.
+    """
     resnet = with_statistics(make_sasa_resnet(norm="FrozenBN", stride_in_1x1=True, **NARROW))
     for name, buffer in resnet.named_buffers():
         if name.endswith(("running_mean", "running_var")):
@@ -73,7 +77,8 @@ def msra_resnet(path):
         for name, tensor in resnet.state_dict().items()
         if "running" not in name
     }
-    blobs["conv1_b"] = blobs["res_conv1_bn_b"] * 0
+    blobs["conv1_b"] = blobs["res_conv1_bn_b"] * 0 + 0.5
+    resnet.stem.conv1.norm.running_mean.fill_(-0.5)
     path.write_bytes(pickle.dumps({"blobs": blobs, "cfg": "a text"}, protocol=2))
     return resnet
 
@@ -358,6 +363,15 @@ def test_the_tool_makes_a_checkpoint_that_a_training_starts_from(tmp_path):
     options = ["SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path / "out"]
     run = train_net("--config", "configs/demo.yaml", *QUICK, *options, "MODEL.WEIGHTS", start)
     assert "not found in the checkpoint" not in run.stdout + run.stderr
+
+
+def test_an_image_that_cannot_be_read_is_named_by_both_loaders(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    cfg = load_config(str(CONFIGS / "demo.yaml"), ["DATALOADER.NUM_WORKERS", "1"])
+    for name, loader in zip("ba", image_loaders(cfg, find_images(str(tmp_path)), 1)):
+        with pytest.raises(ValueError, match=rf"^The image '.*{name}.png' cannot be used: "):
+            next(iter(loader))
 
 
 def test_the_tool_answers_a_mistake_in_one_sentence(tmp_path):

@@ -53,7 +53,8 @@ class Source:
 
     def has_folded_norms(self) -> bool:
         """Whether its batch norms are mere scale and shift, without statistics, as MSRA's."""
-        mean = self.tensors.get("stem.conv1.norm.running_mean")
+        # Not the stem's, which takes up a bias.
+        mean = self.tensors.get("res2.0.conv1.norm.running_mean")
         return mean is not None and not mean.any()
 
 

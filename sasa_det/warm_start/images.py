@@ -6,13 +6,12 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
 )
 from detectron2.data.samplers import TrainingSampler
 
-from sasa_det.data import build_train_mapper, check_datasets
+from sasa_det.data import build_test_mapper, build_train_mapper, check_datasets
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_HELD_OUT = 32
@@ -65,5 +64,5 @@ def image_loaders(
         aspect_ratio_grouping=False,  # it would need the sizes of the images
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    testing = build_detection_test_loader(held_out, mapper=DatasetMapper(cfg, is_train=False))
+    testing = build_detection_test_loader(held_out, mapper=build_test_mapper(cfg))
     return training, testing
