@@ -112,7 +112,7 @@ def bright_outside_boxes(folder, content, image_id):
     return (picture > 150).mean()
 
 
-def test_it_is_generated_on_first_use_and_then_only_read(tmp_path, monkeypatch):
+def test_it_is_generated_on_first_use_and_when_a_picture_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setitem(digits.VARIANTS[0].num_images, "val", 5)
     check_datasets(["sasa_digits_val"])
@@ -122,6 +122,9 @@ def test_it_is_generated_on_first_use_and_then_only_read(tmp_path, monkeypatch):
     written = (tmp_path / "sasa_digits" / "val.json").stat().st_mtime_ns
     assert len(DatasetCatalog.get("sasa_digits_val")) == 5
     assert (tmp_path / "sasa_digits" / "val.json").stat().st_mtime_ns == written
+    Path(samples[2]["file_name"]).unlink()
+    assert len(DatasetCatalog.get("sasa_digits_val")) == 5
+    assert Path(samples[2]["file_name"]).is_file()
 
 
 def test_a_missing_dataset_is_named_with_the_remedy():

@@ -123,13 +123,18 @@ def _load(variant: Variant, split: str) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     # The processes of a training on several GPUs all come here at once.
     with file_lock(str(json_file)):
-        if not _is_current(json_file):
+        if not _is_current(json_file, folder / split):
             _generate_in_place(variant, split)
     return load_coco_json(str(json_file), str(folder / split), f"{variant.name}_{split}")
 
 
-def _is_current(json_file: Path) -> bool:
-    return json_file.is_file() and json.loads(json_file.read_text())["info"]["version"] == _VERSION
+def _is_current(json_file: Path, pictures: Path) -> bool:
+    if not json_file.is_file():
+        return False
+    content = json.loads(json_file.read_text())
+    return content["info"]["version"] == _VERSION and all(
+        (pictures / image["file_name"]).is_file() for image in content["images"]
+    )
 
 
 def _generate_in_place(variant: Variant, split: str) -> None:
