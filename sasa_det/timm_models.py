@@ -9,6 +9,7 @@ attention) and ``sasa_resnet50_convstem`` (convolutional stem):
 Not supported: ``features_only``, pooling but the average, decay by layer, gradient checkpointing.
 """
 
+import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ class SASAResNet(ResNet):
         drop_rate (float): of the dropout before the classifier.
         global_pool (str): "avg".
         options: of ``make_sasa_resnet``.
+
+    Raises:
+        ValueError: for another option, or what cannot be built.
     """
 
     def __init__(
@@ -44,6 +48,10 @@ class SASAResNet(ResNet):
         global_pool: str = "avg",
         **options: Any,
     ) -> None:
+        known = inspect.signature(make_sasa_resnet).parameters
+        for name in options:
+            if name not in known:
+                raise ValueError(f"SASAResNet has no {name}; what it takes: {', '.join(known)}.")
         parts = make_sasa_resnet(in_channels=in_chans, **options)
         super().__init__(parts.stem, [list(stage) for stage in parts.stages], num_classes=1)
         self.num_features: int = parts.output_shape()["res5"].channels

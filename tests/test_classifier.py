@@ -199,6 +199,15 @@ def test_timm_builds_the_models_and_loads_the_checkpoint(trained):
     assert "res2.0.attention.rel_rows" in model.no_weight_decay()
 
 
+@pytest.mark.parametrize("option", ["drop_path_rate", "img_size", "output_stride"])
+def test_an_option_of_timm_that_the_models_lack_is_refused_with_those_they_have(option):
+    timm = pytest.importorskip("timm")
+    import sasa_det.timm_models  # noqa: F401
+
+    with pytest.raises(ValueError, match=rf"^SASAResNet has no {option}; what it takes: .*depth, "):
+        timm.create_model("sasa_resnet26", **{option: 16})
+
+
 def test_the_average_forgets_the_start_and_includes_the_statistics():
     norm = torch.nn.BatchNorm2d(2)
     average = average_weights(norm, decay=0.9999)
