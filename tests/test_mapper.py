@@ -8,8 +8,11 @@ import sasa_det  # noqa: F401
 
 # isort: split
 from conftest import CONFIGS
+from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, BoxMode
+from detectron2.utils.events import EventStorage
 from PIL import Image
+from test_models import small
 
 from sasa_det.config import load_config
 from sasa_det.data import build_train_mapper
@@ -74,6 +77,24 @@ def test_masks_and_boxes_follow_what_they_annotate(picture, annotated, mask_form
         padded += bool(pad.any())
         cut += not pad.any()
     assert min(cut, padded) > 5
+
+
+@pytest.mark.parametrize("number_of_crowds", [0, 1])
+def test_a_mask_rcnn_trains_on_an_image_without_objects(picture, number_of_crowds):
+    folder, rle = picture
+    cfg = small("mask_rcnn_attn", "MODEL.SASA.NUM_HEADS", "4", "INPUT.IMAGE_SIZE", str(SQUARE))
+    record = {"file_name": str(folder / "image.png"), "height": HEIGHT, "width": WIDTH}
+    thing = {"bbox": [20, 10, 150, 110], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    crowd, thing = ({**thing, "segmentation": rle, "iscrowd": number} for number in (1, 0))
+    mapper = build_train_mapper(cfg)
+    np.random.seed(0)
+    empty = mapper({**record, "annotations": [crowd] * number_of_crowds})
+    assert len(empty["instances"]) == 0
+    batch = [empty, mapper({**record, "annotations": [crowd, thing]})]
+    with EventStorage():
+        losses = build_model(cfg)(batch)
+    assert losses["loss_mask"] > 0
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 def drawn(masks):

@@ -1,5 +1,6 @@
 """From a record of a dataset to what a model is given; the augmentation for training."""
 
+import copy
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -25,12 +26,16 @@ class RecordMapper(DatasetMapper):
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        mapper = copy.copy(self)
         try:
             with PathManager.open(dataset_dict["file_name"], "rb") as file:
                 fault = depth_fault(Image.open(file))
             if fault:
                 raise ValueError(f"it {fault[1]}; scale them to 8 bits")
-            return super().__call__(dataset_dict)
+            objects = [x for x in dataset_dict.get("annotations", ()) if not x.get("iscrowd", 0)]
+            # Where there are none, detectron2 has no masks to take their boxes from, and stops.
+            mapper.recompute_boxes = self.recompute_boxes and bool(objects)
+            return DatasetMapper.__call__(mapper, dataset_dict)
         except Exception as error:
             record = (
                 f" (image_id {dataset_dict['image_id']!r})" if "image_id" in dataset_dict else ""
