@@ -68,7 +68,7 @@ def datasets(args: argparse.Namespace) -> list[tuple[str, str, Use]]:
         return Use(training, registered_classes=registered_classes(name) if name else ())
 
     if args.annotations:
-        if not os.path.isdir(args.images):
+        if args.images and not os.path.isdir(args.images):
             raise FileNotFoundError(f"--images {args.images!r} is no folder.")
         return [(args.annotations, args.images, use(not args.evaluation))]
     if args.dataset:
@@ -121,7 +121,7 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--annotations", metavar="FILE", help="a COCO annotation file")
     source.add_argument("--dataset", metavar="NAME", help="a registered dataset")
-    parser.add_argument("--images", metavar="FOLDER", help="where the file's images are")
+    parser.add_argument("--images", metavar="FOLDER", help="where its images are, or ''")
     parser.add_argument("--config", metavar="FILE", help="what is to be trained or evaluated")
     parser.add_argument(
         "--evaluation", action="store_true", help="what evaluation makes of it, not training"
@@ -134,7 +134,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="changes to the config")
     args = parser.parse_args()
-    if bool(args.annotations) != bool(args.images):
+    if bool(args.annotations) != (args.images is not None):
         parser.error("--annotations FILE and --images FOLDER belong together")
     if not (args.annotations or args.dataset or args.config):
         parser.error("say what to check: --annotations and --images, --dataset, or --config")

@@ -118,6 +118,13 @@ def _summaries(findings: Sequence[Finding], use: Use, severity: str, command: st
 
 
 def _full_check(json_file: str, image_root: str, use: Use) -> str:
-    options = [] if use.training else ["--evaluation"]
-    files = ["--annotations", json_file, "--images", image_root]
-    return shlex.join(["python", "tools/check_dataset.py", *files, *options])
+    """The command that finds the same, whatever the config's file and the dataset's name are."""
+    words = ["--annotations", json_file, "--images", image_root]
+    words += [] if use.training else ["--evaluation"]
+    if use.num_classes_key:
+        config = "base_retinanet" if "RETINANET" in use.num_classes_key else "faster_rcnn_attn"
+        keys = [use.num_classes_key, str(use.num_classes), "INPUT.FORMAT", use.image_format]
+        if use.mask_format:
+            keys += ["MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", use.mask_format]
+        words += ["--config", f"configs/{config}.yaml", *keys]
+    return shlex.join(["python", "tools/check_dataset.py", *words])
