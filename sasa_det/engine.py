@@ -29,7 +29,7 @@ from sasa_det.data import (
 from sasa_det.data.workers import living_as_long_as_the_training
 from sasa_det.distributed import broadcast_buffers
 from sasa_det.divergence import DivergedError
-from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results
+from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results, write_results_of
 from sasa_det.layers import LocalSelfAttention2d, attention_layers, record_attention
 from sasa_det.modeling.norm import sync_batch_norm_on_cpu
 from sasa_det.optimizer import optimizer_params
@@ -155,14 +155,22 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> OrderedDict:
-        """Evaluates on ``cfg.DATASETS.TEST`` and writes the figures to ``OUTPUT_DIR``."""
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None, checkpoint: str | None = None
+    ) -> OrderedDict:
+        """Evaluates on ``cfg.DATASETS.TEST`` and writes the figures to ``OUTPUT_DIR``.
+
+        ``checkpoint`` is the file that the model is of, None for the one that trains.
+        """
         broadcast_buffers(model)  # the checkpoint has the first process's
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
-            names = cfg.DATASETS.TEST
+            names, folder = cfg.DATASETS.TEST, Path(cfg.OUTPUT_DIR)
             by_dataset = {names[0]: results} if len(names) == 1 else results
-            write_results(by_dataset, Path(cfg.OUTPUT_DIR) / RESULTS_FILE)
+            if checkpoint is None:
+                write_results(by_dataset, folder / RESULTS_FILE)
+            else:
+                write_results_of(checkpoint, by_dataset, folder)
         return results
 
 

@@ -113,3 +113,18 @@ def write_results(results: dict[str, dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(json.dumps(clean(results), indent=2) + "\n", path)
     _logger.info("Results written to %s", path)
+
+
+def write_results_of(checkpoint: str, results: dict[str, dict], folder: Path) -> None:
+    """The same for an evaluation alone, which leaves what a training in ``folder`` found.
+
+    There evaluation.json is of ``model_final.pth``, and keeps the figures of other datasets; those
+    of another checkpoint go to ``evaluation_NAME.json``.
+    """
+    path = folder / RESULTS_FILE
+    if (folder / "last_checkpoint").is_file():  # as each training has it
+        if Path(checkpoint).resolve() != (folder / "model_final.pth").resolve():
+            path = folder / f"evaluation_{Path(checkpoint).stem}.json"
+        if path.is_file():
+            results = {**json.loads(path.read_text()), **results}
+    write_results(results, path)

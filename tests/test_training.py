@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import CONFIGS
 
 from sasa_det.checkpoint import check_weights
 from sasa_det.config import load_config
+from sasa_det.data.digits import generate_digits
 
 AP_NAMES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
 # The demo's model, on fewer and smaller pictures, for a few steps.
@@ -88,6 +90,28 @@ def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_
     assert (tmp_path / "config.yaml").read_text() == "of the training"
     run = train_net(*command, "MODEL.RETINANET.NUM_CONVS", 3, check=False)
     assert "error: The checkpoint does not fit the config" in run.stderr.splitlines()[-1]
+
+
+def test_evaluation_alone_leaves_the_figures_of_a_training_that_is_finished(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    shutil.copy(folder / "model_final.pth", folder / "model_0000000.pth")
+    of_training = json.loads((folder / "evaluation.json").read_text())
+    for name in ("sasa_digits", "sasa_digits_hard"):
+        generate_digits(tmp_path / name, "val", 4, seed=0)
+
+    def evaluate(dataset, *options, flags=()):
+        command = ["--config", "configs/demo.yaml", "--eval-only", *flags, *QUICK, *options]
+        train_net(*command, "DATASETS.TEST", f"('{dataset}',)", datasets=tmp_path)
+        return {path.name: json.loads(path.read_text()) for path in folder.glob("evaluation*")}
+
+    files = evaluate("sasa_digits_val", "MODEL.WEIGHTS", folder / "model_0000000.pth")
+    assert files["evaluation.json"] == of_training
+    assert files["evaluation_model_0000000.json"].keys() == {"sasa_digits_val"}
+    files = evaluate("sasa_digits_hard_val", "OUTPUT_DIR", folder, flags=["--resume"])
+    assert len(files) == 2
+    assert files["evaluation.json"].keys() == {"sasa_digits_val", "sasa_digits_hard_val"}
+    assert files["evaluation.json"]["sasa_digits_val"] == of_training["sasa_digits_val"]
 
 
 def test_without_a_gpu_it_says_that_it_runs_on_the_cpu(coco_slice, tmp_path):

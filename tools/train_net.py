@@ -58,8 +58,11 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = StrictCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        Trainer.test(cfg, model)
+        checkpoint = cfg.MODEL.WEIGHTS
+        if args.resume and checkpointer.has_checkpoint():
+            checkpoint = checkpointer.last_whole_checkpoint()
+        checkpointer.resume_or_load(checkpoint, resume=False)
+        Trainer.test(cfg, model, checkpoint=checkpoint)
         return
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
