@@ -1,5 +1,6 @@
 """Detectors outside this package: compiled, exported as programs, and in ONNX Runtime."""
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -125,12 +126,18 @@ TWO_LEVELS = [
 
 
 @pytest.mark.parametrize(
-    ("config", "training"),
-    [*((config, True) for config in DETECTORS), ("retinanet_full_attn_fpn", False)],
+    ("config", "training", "checkpointing"),
+    [
+        *((config, True, False) for config in DETECTORS),
+        ("retinanet_full_attn_fpn", False, False),
+        ("retinanet_full_attn_fpn", True, True),
+    ],
 )
-def test_backbone_and_head_compile_without_graph_breaks(config, training):
+def test_backbone_and_head_compile_without_graph_breaks(config, training, checkpointing):
+    options = [*TWO_LEVELS, "MODEL.SASA.ACTIVATION_CHECKPOINTING", str(checkpointing)]
     # In float32 another order of summation can turn a ReLU over, and a gradient with it.
-    model = small(config, *TWO_LEVELS).double().train(training)
+    model = small(config, *options).double().train(training)
+    state = copy.deepcopy(model.state_dict())
 
     def network(images):
         features = model.backbone(images)
@@ -144,12 +151,14 @@ def test_backbone_and_head_compile_without_graph_breaks(config, training):
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     results = []
     for function in (network, compiled):
+        model.load_state_dict(state)
         with torch.set_grad_enabled(training):
             outputs = function(images)
         if training:
             total = sum(x.square().sum() for x in outputs)
             parameters = [p for n, p in model.named_parameters() if "top_block" not in n]
             outputs = [*outputs, *torch.autograd.grad(total, parameters)]
+            outputs += [x.clone() for x in model.buffers()]  # batch norm has counted once
         results.append(outputs)
     for expected, actual in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)

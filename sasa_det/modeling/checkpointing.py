@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from typing import Any
 
 import torch
 from detectron2.modeling import ResNet
@@ -19,8 +20,11 @@ class CheckpointedStage(nn.Sequential):
         if not self.training or not torch.is_grad_enabled():
             return super().forward(x)
         for block in self:
-            contexts = partial(_contexts, block)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            options: dict[str, Any] = {"context_fn": partial(_contexts, block)}
+            # The compiler updates running statistics once by itself, and takes no such contexts.
+            if torch.compiler.is_compiling():
+                options = {}
+            x = checkpoint(block, x, use_reentrant=False, **options)
         return x
 
 
