@@ -1,15 +1,19 @@
 """Every config key that sasa_det adds to detectron2's, its default and its meaning."""
 
 import difflib
+import logging
 import math
 import re
+import traceback
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 
 from sasa_det.layers.local_attention import POSITIONS
 
@@ -252,6 +256,39 @@ def check_trainable(cfg: CfgNode) -> None:
             "MODEL.RESNETS.NORM is 'FrozenBN', which without MODEL.WEIGHTS normalises nothing; "
             f"{remedy} MODEL.RESNETS.NORM BN, SyncBN or GN."
         )
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Raises ValueError if no model can be built; takes no memory for weights, no random numbers.
+
+    What is wrong with the keys that detectron2 owns is known by building only.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    logging.disable(logging.WARNING)  # the model that is trained will say it again
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(f"The model cannot be built: {_cause(cfg, error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _cause(cfg: CfgNode, error: Exception) -> str:
+    """What an error in building says, with the key of a name that is not there."""
+    message = " ".join(str(error).split())
+    name = re.search(r"'(\w+)'", message)
+    if isinstance(error, KeyError) and name:
+        keys = [key for key in _flat_keys(cfg.MODEL, "MODEL.") if not key.startswith("MODEL.SASA")]
+        names = {key: _value(cfg, key) for key in keys}
+        lists = (list, tuple)
+        asking = [k for k, x in names.items() if name[1] in (x if isinstance(x, lists) else [x])]
+        if asking:
+            return f"there is no {name[1]!r}, for which {' or '.join(asking)} asks."
+    # Many of detectron2's assertions have no message but themselves.
+    return message or str(traceback.extract_tb(error.__traceback__)[-1].line)
 
 
 @cache

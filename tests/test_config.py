@@ -1,9 +1,12 @@
 """Config files and overrides: what is wrong is named, with the remedy."""
 
 import functools
+import random
 import re
 
+import numpy as np
 import pytest
+import torch
 
 import sasa_det
 
@@ -11,7 +14,13 @@ import sasa_det
 from conftest import CONFIGS
 from detectron2.config import get_cfg
 
-from sasa_det.config import check_sasa_config, check_trainable, load_config, own_defaults
+from sasa_det.config import (
+    check_model,
+    check_sasa_config,
+    check_trainable,
+    load_config,
+    own_defaults,
+)
 
 FULL = str(CONFIGS / "retinanet_full_attn.yaml")
 
@@ -74,6 +83,41 @@ def test_overrides_of_the_command_line_win():
 def test_a_wrong_value_is_named_with_what_is_allowed(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(FULL, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.RESNETS.DEPTH", "34"], r"DEPTH\) must be one of 26, .*, but is 34"),
+        (["MODEL.RESNETS.RES5_DILATION", "2"], "leave MODEL.RESNETS.RES5_DILATION at 1"),
+        (["MODEL.RETINANET.NORM", "BN"], "MODEL.RETINANET.NORM cannot be 'BN' in an attention"),
+        (
+            ["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"],
+            "a multiple of 32 channels, but MODEL.RESNETS.STEM_OUT_CHANNELS is 16",
+        ),
+        (
+            ["MODEL.FPN.OUT_CHANNELS", "48", "MODEL.SASA.NUM_HEADS", "4"],
+            "a multiple of 32 channels, but MODEL.FPN.OUT_CHANNELS is 48",
+        ),
+        (["MODEL.RESNETS.NORM", "XX"], "there is no 'XX', for which MODEL.RESNETS.NORM asks"),
+        (["MODEL.FPN.IN_FEATURES", "['res2']"], "no 'res2', for which MODEL.FPN.IN_FEATURES asks"),
+        (["MODEL.RETINANET.IN_FEATURES", "['p3', 'p7']"], "the number of input features is 2"),
+        (["MODEL.RESNETS.OUT_FEATURES", "['res9']"], "one of stem, res2, .* but is 'res9'"),
+        (["MODEL.BACKBONE.NAME", "build_foo"], "'build_foo', for which MODEL.BACKBONE.NAME asks"),
+        (["MODEL.FPN.FUSE_TYPE", "max"], "assert fuse_type in"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_a_model_that_cannot_be_built_is_told_by_its_config(overrides, message):
+    with pytest.raises(ValueError, match=f"The model cannot be built: .*{message}"):
+        check_model(load_config(FULL, overrides))
+
+
+def test_to_ask_whether_a_model_can_be_built_draws_no_random_numbers():
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    check_model(load_config(FULL))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
 
 
 def test_heads_are_asked_of_models_with_attention_only():

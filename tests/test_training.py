@@ -164,6 +164,10 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, ov
         ),
         (["--config", "configs/demo.yaml", "MODEL.WEIGHTS", "a.pth"], "checkpoint 'a.pth'"),
         (["--config", "configs/demo.yaml", "MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT is 2"),
+        (
+            ["--config", "configs/demo.yaml", "MODEL.RESNETS.DEPTH", "34"],
+            "error: The model cannot be built: The depth (MODEL.RESNETS.DEPTH) must be one of",
+        ),
         ([], "--config FILE is missing"),
     ],
     ids=lambda x: x.split("'")[0][:30] if isinstance(x, str) else "",

@@ -30,7 +30,7 @@ from sasa_det.checkpoint import (
     check_last_checkpoint,
     check_weights,
 )
-from sasa_det.config import check_processes, check_trainable, load_config
+from sasa_det.config import check_model, check_processes, check_trainable, load_config
 from sasa_det.data import check_config_datasets
 from sasa_det.data.workers import UnusableImageError
 from sasa_det.distributed import check_launch, launch, num_processes
@@ -95,6 +95,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "TEST.AUG.ENABLED is True, but this tool evaluates without augmentation; set it to "
             "False, or evaluate with detectron2's GeneralizedRCNNWithTTA."
         )
+    check_model(cfg)
     weights = cfg.MODEL.WEIGHTS
     has_checkpoint = Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
     if args.eval_only and not weights and not (args.resume and has_checkpoint):

@@ -16,6 +16,7 @@ from sasa_det.config import STAGES, STEMS, check_choice, check_sasa_config
 from .blocks import AttentionBottleneckBlock, AttentionStem
 from .checkpointing import checkpoint_stages
 from .fpn import AttentionFPN
+from .norm import check_norm
 
 _BLOCKS_PER_STAGE = {
     26: (1, 2, 4, 1),
@@ -129,6 +130,10 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             "The attention ResNets have no dilated and no deformable stages; "
             "leave MODEL.RESNETS.RES5_DILATION at 1 and DEFORM_ON_PER_STAGE at False."
         )
+    for name in resnets.OUT_FEATURES:
+        check_choice("MODEL.RESNETS.OUT_FEATURES", name, ("stem", *STAGES))
+    for key in ("STEM_OUT_CHANNELS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS"):
+        check_norm(resnets.NORM, resnets[key], f"MODEL.RESNETS.{key}")
     resnet = make_sasa_resnet(
         depth=resnets.DEPTH,
         stem=sasa.STEM,

@@ -23,11 +23,14 @@ def attention_norm(norm: str, channels: int) -> nn.Module:
         ValueError: for channels that group norm's 32 groups do not divide.
     """
     norm = norm or "GN"
-    if norm == "GN" and channels % 32:
-        raise ValueError(
-            f"Group norm needs a multiple of 32 channels, but MODEL.FPN.OUT_CHANNELS is {channels}."
-        )
+    check_norm(norm, channels, "MODEL.FPN.OUT_CHANNELS")
     return get_norm(norm, channels)
+
+
+def check_norm(norm: str, channels: int, key: str) -> None:
+    """Raises ValueError for channels, those of ``key``, that group norm's 32 do not divide."""
+    if norm == "GN" and channels % 32:
+        raise ValueError(f"Group norm needs a multiple of 32 channels, but {key} is {channels}.")
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
