@@ -90,6 +90,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(overrides, message):
     [
         (["MODEL.RESNETS.DEPTH", "34"], r"DEPTH\) must be one of 26, .*, but is 34"),
         (["MODEL.RESNETS.RES5_DILATION", "2"], "leave MODEL.RESNETS.RES5_DILATION at 1"),
+        (["MODEL.RESNETS.NUM_GROUPS", "32"], "NUM_GROUPS is 32, .*set NUM_GROUPS to 1"),
         (["MODEL.RETINANET.NORM", "BN"], "MODEL.RETINANET.NORM cannot be 'BN' in an attention"),
         (
             ["MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"],

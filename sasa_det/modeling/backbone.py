@@ -124,16 +124,8 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         ValueError: for values that cannot be built.
     """
     check_sasa_config(cfg)
+    _check_resnets(cfg)
     sasa, resnets = cfg.MODEL.SASA, cfg.MODEL.RESNETS
-    if resnets.RES5_DILATION != 1 or any(resnets.DEFORM_ON_PER_STAGE):
-        raise ValueError(
-            "The attention ResNets have no dilated and no deformable stages; "
-            "leave MODEL.RESNETS.RES5_DILATION at 1 and DEFORM_ON_PER_STAGE at False."
-        )
-    for name in resnets.OUT_FEATURES:
-        check_choice("MODEL.RESNETS.OUT_FEATURES", name, ("stem", *STAGES))
-    for key in ("STEM_OUT_CHANNELS", "WIDTH_PER_GROUP", "RES2_OUT_CHANNELS"):
-        check_norm(resnets.NORM, resnets[key], f"MODEL.RESNETS.{key}")
     resnet = make_sasa_resnet(
         depth=resnets.DEPTH,
         stem=sasa.STEM,
@@ -157,6 +149,30 @@ def build_sasa_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     if not any(parameter.is_meta for parameter in resnet.parameters()):  # nobody trains on meta
         warn_of_frozen_random_weights(cfg)
     return resnet
+
+
+def _check_resnets(cfg: CfgNode) -> None:
+    """Raises ValueError for what detectron2's ResNets can be and these cannot."""
+    resnets = cfg.MODEL.RESNETS
+    if resnets.RES5_DILATION != 1 or any(resnets.DEFORM_ON_PER_STAGE):
+        raise ValueError(
+            "The attention ResNets have no dilated and no deformable stages; "
+            "leave MODEL.RESNETS.RES5_DILATION at 1 and DEFORM_ON_PER_STAGE at False."
+        )
+    if resnets.NUM_GROUPS > 1 and cfg.MODEL.SASA.ATTENTION_STAGES:
+        raise ValueError(
+            f"MODEL.RESNETS.NUM_GROUPS is {resnets.NUM_GROUPS}, but attention has heads and no "
+            "groups; set NUM_GROUPS to 1 and WIDTH_PER_GROUP to 64."
+        )
+    for name in resnets.OUT_FEATURES:
+        check_choice("MODEL.RESNETS.OUT_FEATURES", name, ("stem", *STAGES))
+    channels = {
+        "STEM_OUT_CHANNELS": resnets.STEM_OUT_CHANNELS,
+        "NUM_GROUPS times WIDTH_PER_GROUP": resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP,
+        "RES2_OUT_CHANNELS": resnets.RES2_OUT_CHANNELS,
+    }
+    for key, number in channels.items():
+        check_norm(resnets.NORM, number, f"MODEL.RESNETS.{key}")
 
 
 @BACKBONE_REGISTRY.register()
