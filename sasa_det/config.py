@@ -35,7 +35,8 @@ _LEAST = {
 def add_sasa_config(cfg: CfgNode) -> None:
     """Adds ``MODEL.SASA`` and a few keys for training to a config of detectron2, in place.
 
-    The defaults describe the paper's full attention model.
+    The defaults describe the paper's full attention model. Keys of INPUT and SOLVER that are there
+    already, because another project has them, keep their values.
     """
     cfg.MODEL.SASA = CfgNode()
     # "attention": the attention stem of the paper. "conv": detectron2's 7x7 convolution.
@@ -67,20 +68,20 @@ def add_sasa_config(cfg: CfgNode) -> None:
 
     # Train on squares of this side, in pixels, cut from or padded around the randomly scaled
     # image; 0 keeps the resizing of INPUT.MIN_SIZE_TRAIN.
-    cfg.INPUT.IMAGE_SIZE = 0
+    cfg.INPUT.setdefault("IMAGE_SIZE", 0)
     # The range of that random scale, relative to the image fitted into the square.
-    cfg.INPUT.MIN_SCALE = 0.1
-    cfg.INPUT.MAX_SCALE = 2.0
+    cfg.INPUT.setdefault("MIN_SCALE", 0.1)
+    cfg.INPUT.setdefault("MAX_SCALE", 2.0)
     # "SGD" or "ADAMW"; the other SOLVER keys mean the same for both.
-    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.setdefault("OPTIMIZER", "SGD")
     # Parts, one after the other, in which each process computes its share of IMS_PER_BATCH: less
     # memory for the same step. Learning rate, schedule and iterations stay what they are.
-    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    cfg.SOLVER.setdefault("ACCUMULATION_STEPS", 1)
     # How many batches of a training may be skipped because their loss or its gradient is not
     # finite; one more stops it. Nothing is learned from them, but the schedule goes on.
-    cfg.SOLVER.MAX_SKIPPED_BATCHES = 0
+    cfg.SOLVER.setdefault("MAX_SKIPPED_BATCHES", 0)
     # Of SOLVER.AMP.ENABLED: "float16", detectron2's, or "bfloat16", on the CPU too.
-    cfg.SOLVER.AMP.PRECISION = "float16"
+    cfg.SOLVER.AMP.setdefault("PRECISION", "float16")
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -110,6 +111,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         except ValueError as error:
             raise ValueError(_wrong_type(cfg, error, "")) from error
     check_sasa_config(cfg)
+    check_training_config(cfg)
     cfg.freeze()
     return cfg
 
@@ -143,25 +145,32 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
 
 
 def check_sasa_config(cfg: CfgNode) -> None:
-    """Raises ValueError, naming key, value and what is allowed, for the first impossible value."""
+    """Raises ValueError, naming key, value and what is allowed, for an impossible MODEL.SASA."""
     if "SASA" not in cfg.MODEL:
         raise ValueError(
             "The config has no MODEL.SASA; call sasa_det.add_sasa_config(cfg) "
             "right after detectron2's get_cfg()."
         )
-    for key, default in own_defaults().items():
-        value = _value(cfg, key)
-        if not _is_like(default, value) or (key in _CHOICES and value not in _CHOICES[key]):
-            raise ValueError(f"{key} must be {_allowed(key, default)}, but is {value!r}.")
-        if key in _LEAST and value < _LEAST[key]:
-            raise ValueError(f"{key} must be {_LEAST[key]} or more, but is {value}.")
-    sasa, resizing = cfg.MODEL.SASA, cfg.INPUT
+    _check_values(cfg, ("MODEL.SASA",))
+    sasa = cfg.MODEL.SASA
     for stage in sasa.ATTENTION_STAGES:
         check_choice("MODEL.SASA.ATTENTION_STAGES", stage, STAGES)
     if sasa.KERNEL_SIZE < 1 or sasa.KERNEL_SIZE % 2 == 0:
         raise ValueError(
             f"MODEL.SASA.KERNEL_SIZE must be odd, but is {sasa.KERNEL_SIZE}; the paper uses 7."
         )
+    if sasa.POSITION == "absolute" and sasa.STEM == "attention":
+        raise ValueError(
+            "MODEL.SASA.POSITION is absolute, for which the three channels of an image leave the "
+            "attention stem no room; set MODEL.SASA.STEM to conv."
+        )
+    _check_channels(cfg)
+
+
+def check_training_config(cfg: CfgNode) -> None:
+    """The same for the keys of INPUT and SOLVER, which only this package's trainer reads."""
+    _check_values(cfg, ("INPUT", "SOLVER"))
+    resizing = cfg.INPUT
     if resizing.IMAGE_SIZE < 0:
         raise ValueError(
             f"INPUT.IMAGE_SIZE must be pixels, or 0 for none, but is {resizing.IMAGE_SIZE}."
@@ -178,12 +187,17 @@ def check_sasa_config(cfg: CfgNode) -> None:
             "INPUT.CROP.ENABLED has no effect beside INPUT.IMAGE_SIZE, which cuts squares out "
             "itself; set one of them to False or 0."
         )
-    if sasa.POSITION == "absolute" and sasa.STEM == "attention":
-        raise ValueError(
-            "MODEL.SASA.POSITION is absolute, for which the three channels of an image leave the "
-            "attention stem no room; set MODEL.SASA.STEM to conv."
-        )
-    _check_channels(cfg)
+
+
+def _check_values(cfg: CfgNode, sections: tuple[str, ...]) -> None:
+    for key, default in own_defaults().items():
+        if not key.startswith(sections):
+            continue
+        value = _value(cfg, key)
+        if not _is_like(default, value) or (key in _CHOICES and value not in _CHOICES[key]):
+            raise ValueError(f"{key} must be {_allowed(key, default)}, but is {value!r}.")
+        if key in _LEAST and value < _LEAST[key]:
+            raise ValueError(f"{key} must be {_LEAST[key]} or more, but is {value}.")
 
 
 def check_processes(cfg: CfgNode, num_processes: int) -> None:

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from sasa_det.checkpoint import WholeCheckpointer
+from sasa_det.config import check_training_config
 from sasa_det.data import (
     TrainLoader,
     build_test_mapper,
@@ -44,6 +45,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         # What DefaultTrainer's does, but with our step, and for processes on CPUs as well.
+        check_training_config(cfg)
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()

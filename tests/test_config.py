@@ -18,9 +18,11 @@ from sasa_det.config import (
     check_model,
     check_sasa_config,
     check_trainable,
+    check_training_config,
     load_config,
     own_defaults,
 )
+from sasa_det.engine import Trainer
 
 FULL = str(CONFIGS / "retinanet_full_attn.yaml")
 
@@ -188,18 +190,39 @@ NOT_IT = {
 
 @pytest.mark.parametrize("key", own_defaults())
 def test_each_key_of_ours_refuses_what_it_cannot_be(key):
-    """Keys that are added later too: whoever adds one says in check_sasa_config what it may be."""
+    """Keys that are added later too: whoever adds one says in config.py what it may be."""
     default = own_defaults()[key]
+    check = check_sasa_config if key.startswith("MODEL") else check_training_config
     for value in NOT_IT[type(default)]:
         cfg = get_cfg()
         sasa_det.add_sasa_config(cfg)
         *sections, name = key.split(".")
         functools.reduce(getattr, sections, cfg)[name] = value
         with pytest.raises(ValueError, match=re.escape(key)) as error:
-            check_sasa_config(cfg)
+            check(cfg)
         shown = value[0] if isinstance(value, tuple) else value
         assert repr(shown) in str(error.value)
         assert " must " in str(error.value)
+
+
+def test_keys_that_another_project_has_are_its_own():
+    cfg = get_cfg()
+    theirs = {"INPUT.IMAGE_SIZE": (640, 480), "INPUT.MIN_SCALE": 3.0, "SOLVER.OPTIMIZER": "LAMB"}
+    for key, value in theirs.items():
+        section, name = key.split(".")
+        cfg[section][name] = value
+    sasa_det.add_sasa_config(cfg)
+    assert {key: cfg[key.split(".")[0]][key.split(".")[1]] for key in theirs} == theirs
+    cfg.MODEL.BACKBONE.NAME = "build_sasa_resnet_backbone"
+    check_model(cfg)
+
+
+def test_the_trainer_checks_the_keys_that_only_it_reads():
+    cfg = get_cfg()
+    sasa_det.add_sasa_config(cfg)
+    cfg.SOLVER.OPTIMIZER = "LAMB"
+    with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER must be one of SGD, ADAMW"):
+        Trainer(cfg)
 
 
 def test_frozen_random_weights_are_no_start():
