@@ -15,7 +15,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from test_detectors import SMALL
 
-from sasa_det.config import load_config
+from sasa_det.config import load_config, own_defaults
 from sasa_det.layers import LocalSelfAttention2d
 
 SMALL_LAZY = [
@@ -94,6 +94,13 @@ def test_a_lazy_config_trains_resumes_and_evaluates(run, project):
     assert {group["weight_decay"] for group in groups} == {0.0, 1e-4}
     output = run(*command, "--eval-only", *small, f"train.init_checkpoint={weights}")
     assert "copypaste: AP,AP50,AP75,APs,APm,APl" in output
+
+
+def test_the_guide_names_every_key_that_only_our_trainer_reads():
+    guide = (ROOT / "docs" / "detectors.md").read_text()
+    keys = [key for key in own_defaults() if not key.startswith("MODEL")]
+    assert len(keys) == 7
+    assert [key for key in keys if f"`{key}`" not in guide] == []
 
 
 def test_what_the_guide_says_in_python_and_yaml_is_so(project, tmp_path):
