@@ -76,6 +76,13 @@ def test_a_checkpoint_of_another_backbone_is_not_resumed_from(trained):
     assert "is of another depth, width or window" in run.stderr.splitlines()[-1]
 
 
+def test_another_optimizers_training_is_not_resumed(trained):
+    command = ["--config", "configs/demo.yaml", "--resume", *QUICK, "OUTPUT_DIR", trained[0]]
+    run = train_net(*command, "SOLVER.OPTIMIZER", "SGD", check=False)
+    sentence = run.stderr.splitlines()[-1]
+    assert "SOLVER.OPTIMIZER is SGD, but the training to resume is of another" in sentence
+
+
 def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_path):
     folder, _ = trained
     moved = tmp_path / "weights.pth"
@@ -167,6 +174,10 @@ def test_a_checkpoint_of_another_backbone_is_refused_before_training(trained, ov
         (
             ["--config", "configs/demo.yaml", "MODEL.RESNETS.DEPTH", "34"],
             "error: The model cannot be built: The depth (MODEL.RESNETS.DEPTH) must be one of",
+        ),
+        (
+            ["--config", "configs/demo.yaml", "MODEL.DEVICE", "cudaa"],
+            "error: MODEL.DEVICE must be a device of torch, for instance cuda or cpu, but is 'cuda",
         ),
         ([], "--config FILE is missing"),
     ],

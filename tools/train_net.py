@@ -112,6 +112,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     is_file = bool(weights) and "://" not in weights
     if args.eval_only and is_file and not args.resume and "OUTPUT_DIR" not in args.opts:
         cfg.OUTPUT_DIR = str(Path(weights).parent)  # results belong beside what they are of
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of torch, for instance cuda or cpu, but is "
+            f"{cfg.MODEL.DEVICE!r}."
+        ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_launch(args, cfg.MODEL.DEVICE)
