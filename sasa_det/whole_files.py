@@ -29,15 +29,17 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
-def make_folder_of(path: Path) -> None:
-    """The same for the folder of a file that a tool will write.
+def make_folder_of(*paths: Path) -> None:
+    """The same for the folders of files that a tool will write, for each once.
 
     Raises:
-        ValueError: if nothing can be written there, or the file's name is that of a folder.
+        ValueError: if nothing can be written there, or a file's name is that of a folder.
     """
-    make_folder(path.parent)
-    if path.is_dir():
-        raise ValueError(f"The output {str(path)!r} is a folder; choose a name for a file.")
+    for folder in dict.fromkeys(path.parent for path in paths):
+        make_folder(folder)
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"The output {str(path)!r} is a folder; choose a name for a file.")
 
 
 @contextmanager

@@ -67,8 +67,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> list[str]:
     ids = image_ids(paths, annotations)
     metadata = load_metadata(cfg, annotations)
     predictions = Predictions(metadata)
-    for target in written:
-        make_folder_of(target)
+    make_folder_of(*written)
     model, mapper = load_model(cfg), build_test_mapper(cfg)
     failed = []
     try:

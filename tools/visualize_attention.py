@@ -57,8 +57,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     sample = build_test_mapper(cfg)({"file_name": args.image})
     points = [parse_point(text, sample["width"], sample["height"]) for text in args.points]
     output = Path(args.output)
-    for page in ("heads.png", "layers.png", "embeddings.png"):
-        make_folder_of(output / page)
+    make_folder_of(*(output / page for page in ("heads.png", "layers.png", "embeddings.png")))
     model = load_model(cfg)
     layer = args.layer or default_layer(model)
     models = {"": model}

@@ -40,7 +40,7 @@ def fold(call: StemCall) -> FoldedWeights:
 
 
 def unfold(call: StemCall, grads: FoldedWeights) -> list[Tensor]:
-    """The gradients of the call's tensors but the image; the backward of :func:`fold`."""
+    """The gradients of the call's tensors but the image, in its dtype: the backward of ``fold``."""
     query, key, value = _by_head(call)
     grad_query = torch.einsum("hij,hdj->hdi", grads.content, key)
     grad_key = torch.einsum("hij,hdi->hdj", grads.content, query)
@@ -54,13 +54,15 @@ def unfold(call: StemCall, grads: FoldedWeights) -> list[Tensor]:
     mixture = call.mixture.float().flatten(1)
     grad_value = torch.einsum("hpdi,mp->mhdi", grads.value_weights, mixture)
     grad_mixture = torch.einsum("hpdi,mhdi->mp", grads.value_weights, value)
-    return [
+    unfolded = [
         grad_query.flatten(0, 1),
         grad_key.flatten(0, 1),
         grad_value.flatten(1, 2),
         grad_mixture.view_as(call.mixture),
         *grad_embeddings,
     ]
+    # Contiguous, as the fake implementation promises.
+    return [x.to(call.image.dtype).contiguous() for x in unfolded]
 
 
 def _by_head(call: StemCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,9 +40,7 @@ def backward(
     arguments.grad_weights = parts.data_ptr()
     library.run("sasa_det_stem_backward", arguments)
     flat = parts.sum(dim=0).split([x.numel() for x in weights])
-    grads = FoldedWeights(*(x.view_as(weight) for x, weight in zip(flat, weights)))
-    # Contiguous, as the fake implementation promises.
-    return [x.to(call.image.dtype).contiguous() for x in unfold(call, grads)]
+    return unfold(call, FoldedWeights(*(x.view_as(weight) for x, weight in zip(flat, weights))))
 
 
 def _arguments(call: StemCall, image: Tensor, weights: FoldedWeights) -> library.StemArguments:

@@ -73,9 +73,7 @@ def _parameter_gradients(call: StemCall, weights: FoldedWeights, sums: Tensor) -
     *shared, of_values = sums.split([*sizes, sums.shape[2] - sum(sizes)], dim=2)
     of_values = of_values[:, : _block_size(call)].reshape_as(weights.value_weights)
     content, rows, cols = (x.sum(dim=1).view_as(weight) for x, weight in zip(shared, weights))
-    grads = unfold(call, FoldedWeights(content, rows, cols, of_values))
-    # Contiguous, as the fake implementation promises.
-    return [x.to(call.image.dtype).contiguous() for x in grads]
+    return unfold(call, FoldedWeights(content, rows, cols, of_values))
 
 
 def forward_launch(
@@ -150,8 +148,8 @@ def new_output_sums(call: StemCall) -> Tensor:
 
 def new_positions(call: StemCall) -> Tensor:
     """(N, programs of a tile, blocks down, blocks across)"""
-    n, _, *sizes = empty_pooled(call).shape
-    return call.image.new_empty((n, _forward_programs(call), *sizes), dtype=torch.int32)
+    shape = (call.image.shape[0], _forward_programs(call), *_blocks(call))
+    return call.image.new_empty(shape, dtype=torch.int32)
 
 
 def new_gradient_sums(call: StemCall) -> Tensor:
@@ -171,10 +169,15 @@ def _forward_programs(call: StemCall) -> int:
 
 def _summing_programs(call: StemCall, tile: int) -> int:
     """Programs of a head, each of which works on tiles of so many blocks."""
-    n, _, height, width = call.image.shape
-    block_size = _block_size(call)
-    tiles = cdiv(n * cdiv(height, block_size) * cdiv(width, block_size), tile)
+    down, across = _blocks(call)
+    tiles = cdiv(call.image.shape[0] * down * across, tile)
     return min(tiles, cdiv(_SUMMING_PROGRAMS, call.num_heads))
+
+
+def _blocks(call: StemCall) -> tuple[int, int]:
+    """Of an image, down and across."""
+    height, width = call.image.shape[2:]
+    return cdiv(height, _block_size(call)), cdiv(width, _block_size(call))
 
 
 def _block_size(call: StemCall) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .kernels import LOWEST
-from .stem_kernels import load_pixel, locate, repeat, weigh
+from .stem_kernels import load_pixel, locate, repeat, weigh, weights_of_head
 
 
 @triton.jit
@@ -254,9 +254,9 @@ def pooled_backward_kernel(
     POSITIONS: tl.constexpr = BLOCK_SIZE * BLOCK_SIZE
     OFFSETS: tl.constexpr = 2 * BLOCK_SIZE - 1
     head = tl.program_id(0)
-    content += head * IN_CHANNELS * IN_CHANNELS
-    rel_rows += head * OFFSETS * IN_CHANNELS
-    rel_cols += head * OFFSETS * IN_CHANNELS
+    content, rel_rows, rel_cols = weights_of_head(
+        head, content, rel_rows, rel_cols, IN_CHANNELS, BLOCK_SIZE
+    )
     value_weights += head * POSITIONS * HEAD_DIM * IN_CHANNELS
     grad_sum += head * HEAD_DIM
     twice_grad_square_sum += head * HEAD_DIM

@@ -21,6 +21,19 @@ def repeat(x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def weights_of_head(
+    head,
+    content,
+    rel_rows,
+    rel_cols,
+    IN_CHANNELS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    offset = head * (2 * BLOCK_SIZE - 1) * IN_CHANNELS
+    return content + head * IN_CHANNELS * IN_CHANNELS, rel_rows + offset, rel_cols + offset
+
+
+@triton.jit
 def locate(block, image, strides, height, width, BLOCK_SIZE: tl.constexpr):
     """Of blocks: image, row, column; their first position, and rows and columns from there on."""
     across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
@@ -107,14 +120,13 @@ def pooled_forward_kernel(
     """
     CHUNKS: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
     POSITIONS: tl.constexpr = BLOCK_SIZE * BLOCK_SIZE
-    OFFSETS: tl.constexpr = 2 * BLOCK_SIZE - 1
     head, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     out_channels = tl.num_programs(0) // CHUNKS * HEAD_DIM
     # The last chunk may share channels with the one before it: both write the same.
     first_channel = head * HEAD_DIM + tl.minimum(chunk * CHANNELS, HEAD_DIM - CHANNELS)
-    content += head * IN_CHANNELS * IN_CHANNELS
-    rel_rows += head * OFFSETS * IN_CHANNELS
-    rel_cols += head * OFFSETS * IN_CHANNELS
+    content, rel_rows, rel_cols = weights_of_head(
+        head, content, rel_rows, rel_cols, IN_CHANNELS, BLOCK_SIZE
+    )
     value_weights += (head * (POSITIONS - 1) * HEAD_DIM + first_channel) * IN_CHANNELS
     across, down = tl.cdiv(width, BLOCK_SIZE), tl.cdiv(height, BLOCK_SIZE)
     num_blocks = num_images * down * across
