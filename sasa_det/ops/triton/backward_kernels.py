@@ -96,22 +96,22 @@ def query_gradient_kernel(
         rows, cols = top + tile_rows, left + tile_cols
         inside = (rows < height) & (cols < width)
         near_rows, near_cols = clamp(rows, height), clamp(cols, width)
-        offsets = offsets_of(query_strides, near_rows, near_cols, width, PADDED_DIM)
-        q = load(
-            base_of(query, query_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM
-        )
-        offsets = offsets_of(grad_output_strides, near_rows, near_cols, width, PADDED_DIM)
-        base = base_of(grad_output, grad_output_strides, n, start, head, HEAD_DIM)
-        grad = load(base, offsets, HEAD_DIM, PADDED_DIM)
+        plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
+        position = rows * width + cols
+        # In this order, because the compiler waits for what a product needs before it goes on.
         offsets = offsets_of(output_strides, near_rows, near_cols, width, PADDED_DIM)
         base = base_of(output, output_strides, n, start, head, HEAD_DIM)
         out = load(base, offsets, HEAD_DIM, PADDED_DIM)
-        tile_mean = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        plane = (n.to(tl.int64) * NUM_HEADS + head) * positions + start
-        position = rows * width + cols
-        tl.store(mean + plane + position, tile_mean, mask=inside)
+        offsets = offsets_of(grad_output_strides, near_rows, near_cols, width, PADDED_DIM)
+        base = base_of(grad_output, grad_output_strides, n, start, head, HEAD_DIM)
+        grad = load(base, offsets, HEAD_DIM, PADDED_DIM)
+        offsets = offsets_of(query_strides, near_rows, near_cols, width, PADDED_DIM)
+        base = base_of(query, query_strides, n, start, head, HEAD_DIM)
+        q = load(base, offsets, HEAD_DIM, PADDED_DIM)
         # Outside the map the weights come out as zero.
         lse = tl.load(logsumexp + plane + position, mask=inside, other=float("inf"))
+        tile_mean = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(mean + plane + position, tile_mean, mask=inside)
 
         col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], halo_offset, -1)
         table_logits = None

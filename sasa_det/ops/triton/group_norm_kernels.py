@@ -250,15 +250,17 @@ def gradient_sums_kernel(
         statistics, map_row, 1, positions, positions, eps, GROUPS, DIM, GROUPS_PAD, 1
     )
     w, b = load_parameters(weight, bias, GROUPS, DIM, GROUPS_PAD, DIM_PAD)
-    of_bias = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
-    of_weight = tl.zeros([GROUPS_PAD, DIM_PAD], tl.float32)
+    # Summed up over positions at the end: until then each thread has its own.
+    of_bias = tl.zeros([BLOCK, GROUPS_PAD, DIM_PAD], tl.float32)
+    of_weight = tl.zeros([BLOCK, GROUPS_PAD, DIM_PAD], tl.float32)
     for top in range(first, tl.minimum(first + of_chunk, positions), BLOCK):
         offsets, mask = tile_at(top, positions, GROUPS, DIM, BLOCK, GROUPS_PAD, DIM_PAD)
         normed = load_normed(x + base + offsets, mask, mean, scale)
         grad = tl.load(grad_output + base + offsets, mask, 0.0).to(tl.float32)
         grad = tl.where(normed * w + b <= 0.0, 0.0, grad)
-        of_bias += tl.sum(grad, 0)
-        of_weight += tl.sum(grad * normed, 0)
+        of_bias += grad
+        of_weight += grad * normed
+    of_bias, of_weight = tl.sum(of_bias, 0), tl.sum(of_weight, 0)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     channel, mask = channels(GROUPS, DIM, GROUPS_PAD, DIM_PAD)
     pointers = channel_sums + program.to(tl.int64) * (2 * GROUPS * DIM) + channel

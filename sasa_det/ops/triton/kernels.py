@@ -224,6 +224,11 @@ def forward_kernel(
     top, left = corner_of(tile, width, BLOCK_H, BLOCK_W)
     tile_rows, tile_cols = tl.arange(0, M) // BLOCK_W, tl.arange(0, M) % BLOCK_W
     rows, cols = top + tile_rows, left + tile_cols
+    if RELATIVE:  # before the queries, so that both are waited for at once
+        dtype: tl.constexpr = query.dtype.element_ty
+        table = load_table(
+            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, dtype
+        )
     offsets = offsets_of(query_strides, clamp(rows, height), clamp(cols, width), width, PADDED_DIM)
     q = load(base_of(query, query_strides, n, start, head, HEAD_DIM), offsets, HEAD_DIM, PADDED_DIM)
 
@@ -232,9 +237,6 @@ def forward_kernel(
     col_offset = tl.where(within(left - RADIUS + halo_cols, width)[None], col_offset, -1)
     table_logits = None
     if RELATIVE:
-        table = load_table(
-            rel_rows, rel_cols, head, HEAD_DIM, PADDED_DIM, KERNEL_SIZE, KERNEL_PAD, q.dtype
-        )
         table_logits = tl.broadcast_to(table_start(KERNEL_SIZE, KERNEL_PAD)[None], [M, T])
         table_logits = dot(q, tl.trans(table), table_logits, PRECISION)
     col_logits = axis_logits(table_logits, col_offset, KERNEL_PAD, KERNEL_SIZE, KERNEL_PAD, 1)
