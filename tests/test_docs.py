@@ -29,6 +29,7 @@ PAGES = ["README.md", "docs/reproduce.md", "docs/ablations.md", "docs/training.m
 PAGES += ["docs/warm_start.md", "docs/operator.md", "docs/benchmark.md", "docs/learning.md"]
 PAGES += ["docs/dataset.md", "docs/detectors.md", "docs/seeing.md", "docs/scale.md"]
 PAGES += ["docs/deployment.md", "docs/interruptions.md", "docs/robustness.md"]
+PAGES += ["docs/benchmark_gpu.md"]
 
 SMALL_MODEL = {
     "DEVICE": "cpu",
