@@ -123,13 +123,15 @@ class AttentionBottleneckBlock(CNNBlockBase):
         out = self.attend(out)
         # What the attention returned may be what it keeps for its backward; a sum is not.
         out = F.relu_(out) if self.residual else F.relu(out)
-        residual = x if self.shortcut is None else self.shortcut(x)
         folded = self.conv3.folded(out) if is_plain(self.conv3, PointwiseConv2d) else None
         if folded is not None:
-            return residual_projection(residual, out, *folded)
+            return residual_projection(self._shortcut_of(x), out, *folded)
         out = self.conv3(out)
-        out += residual
+        out += self._shortcut_of(x)  # not before: what conv3 was given is gone by now
         return F.relu_(out)
+
+    def _shortcut_of(self, x: Tensor) -> Tensor:
+        return x if self.shortcut is None else self.shortcut(x)
 
     def attend(self, x: Tensor) -> Tensor:
         """What stands for the 3x3 convolution and its norm: attention, pooling, norm."""
