@@ -44,13 +44,16 @@ def refuses(call: AttentionCall) -> str | None:
             f"channels, not kernel_size={call.kernel_size} with {head_dim} channels a head"
         )
     # Their gradients are parts of one map, as they are themselves if one projection made them.
-    last = max(
-        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:]))
-        for x in call[:3]
-    )
-    if max(last, 3 * math.prod(call.query.shape[1:])) >= 2**31:
+    if max(3 * math.prod(call.query.shape[1:]), *map(_span, call[:3])) >= 2**31:
         return "it does not serve images whose queries, keys and values are 2 ** 31 numbers or more"
     return None
+
+
+def _span(x: Tensor) -> int:
+    """How far the last number of an image is from its first."""
+    _, channels, height, width = x.shape
+    _, of_channel, of_row, of_position = x.stride()
+    return (channels - 1) * of_channel + (height - 1) * of_row + (width - 1) * of_position
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -129,8 +132,9 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _strides(x: Tensor) -> tuple[int, int]:
     """From image to image, and from position to position."""
+    of_image, _, of_row, of_position = x.stride()
     # Of a dimension with one entry only, the stride may be anything.
-    return x.stride(0), x.stride(3 if x.shape[3] > 1 else 2)
+    return of_image, of_position if x.shape[3] > 1 else of_row
 
 
 def forward_launch(
