@@ -28,7 +28,10 @@ SHAPES = [
     (1, 16, 5, 19, 1, 11),
     (1, 4, 3, 18, 1, 17),
     (2, 4, 6, 5, 2, 1),
+    (1, 64, 5, 10, 8, 7),  # head_dim 8, as the first layers of a ResNet have it
+    (1, 24, 5, 9, 3, 5),  # as many heads as do not fit a power of two
 ]
+NARROW, WIDE = (1, 8, 5, 9, 2, 3), (1, 12, 5, 9, 2, 3)  # two sets of kernels
 
 
 @pytest.mark.skipif(not UNAVAILABLE, reason="the tests run as they are")
@@ -68,7 +71,7 @@ def test_equals_the_reference_and_so_do_its_gradients(shape):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[9]], ids=str)
 def test_attends_by_content_only(shape):
     check(*make_inputs(shape, torch.float32, relative=False))
 
@@ -88,7 +91,7 @@ def test_embeddings_in_float32_beside_half_precision():
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[6], SHAPES[9]], ids=str)
 def test_half_precision(shape, dtype):
     (query, *others), options = make_inputs(shape, dtype)
     # Logits of unit variance, as a layer starts with: weights are rounded for the tensor cores, and
@@ -116,13 +119,26 @@ def three_layouts(maps):
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=str)
 @pytest.mark.parametrize(
     "change", [channels_last, slices_of_one_projection, slices_with_channels_last, three_layouts]
 )
-def test_any_strides(change):
-    inputs, options = make_inputs((1, 8, 5, 9, 2, 3), torch.float32)
+def test_any_strides(change, shape):
+    inputs, options = make_inputs(shape, torch.float32)
     output = check(inputs, options, change=change)
     assert output.stride() == torch.empty_like(change(inputs[:3])[0]).stride()
+
+
+@pytest.mark.usefixtures("backend")
+def test_half_precision_from_odd_places_on():
+    # The kernels for narrow heads read two numbers of bfloat16 at once.
+    (query, *others), options = make_inputs(NARROW, torch.bfloat16)
+
+    def odd(maps):
+        fused = torch.cat([maps[0][:, :1], *maps], dim=1).to(memory_format=torch.channels_last)
+        return fused[:, 1:].chunk(3, dim=1)
+
+    check([0.5 * query, *others], options, change=odd)
 
 
 @pytest.mark.usefixtures("backend")
@@ -173,8 +189,9 @@ def test_logits_of_ten_thousands_are_no_problem(dtype):
 
 
 @pytest.mark.usefixtures("backend")
-def test_the_same_twice():
-    inputs, options = make_inputs((1, 8, 5, 9, 2, 3), torch.float32)
+@pytest.mark.parametrize("shape", [NARROW, WIDE], ids=str)
+def test_the_same_twice(shape):
+    inputs, options = make_inputs(shape, torch.float32)
     inputs, leaves = on_device(inputs)
 
     def run():

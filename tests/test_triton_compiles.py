@@ -5,7 +5,7 @@ import torch
 
 from sasa_det.ops.calls import AttentionCall, GroupNormCall, StemCall
 from sasa_det.ops.folded_stem import fold
-from sasa_det.ops.triton import attention, group_norm, stem
+from sasa_det.ops.triton import attention, group_norm, stem, tiles
 from sasa_det.ops.triton.launch import interpreted
 
 
@@ -60,7 +60,9 @@ def attention_launches(dtype, head_dim, kernel_size, relative=True, levels=None)
         attention.forward_launch(call, grad, logsumexp),
         attention.forward_launch(call, grad, logsumexp, grad, grad),
         attention.forward_launch(call, None, logsumexp, grad, grad),
-        attention.query_gradient_launch(call, grad, grad, logsumexp, grad, logsumexp, partial_sums),
+        *attention.query_gradient_launches(
+            call, grad, grad, logsumexp, grad, logsumexp, partial_sums
+        ),
         attention.key_value_gradient_launch(call, grad, logsumexp, logsumexp, grad, grad),
     ]
     if relative:
@@ -99,10 +101,22 @@ COMPILED = [
     (torch.float16, 32, 7, True, ((15, 30), (10, 15))),
     (torch.float32, 32, 7, True, None),
     (torch.bfloat16, 64, 11, True, None),
+    (torch.bfloat16, 8, 7, True, ((15, 30), (10, 15))),
+    (torch.float16, 4, 5, False, None),
+    (torch.float32, 8, 7, True, None),
     (torch.float16, 2, 3, True, None),
     (torch.bfloat16, 6, 1, False, None),
     (torch.bfloat16, 16, 17, True, ((15, 30), (10, 15))),
 ]
+
+
+def test_products_of_float32_are_as_precise_as_those_of_torch():
+    assert tiles.float32_precision() == "tf32x3"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert tiles.float32_precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # The interpreter accepts what the compiler does not.
@@ -113,7 +127,7 @@ def test_compiles_for_a_gpu(dtype, head_dim, kernel_size, relative, levels):
     for launch in attention_launches(dtype, head_dim, kernel_size, relative, levels):
         kernel = compile_for_hopper(launch)
         has_products = "PRECISION" in launch.kernel.arg_names
-        assert ("mma" in kernel.asm["ptx"]) == (has_products and dtype != torch.float32)
+        assert ("mma" in kernel.asm["ptx"]) == has_products
         assert kernel.metadata.shared < 48 * 1024  # what every GPU has
 
 

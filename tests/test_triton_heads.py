@@ -98,7 +98,7 @@ def test_a_layer_behind_a_group_norm_has_the_gradients_of_its_parts(
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("head_dim", [6, 16])
+@pytest.mark.parametrize("head_dim", [6, 8, 16])
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 def test_the_sum_with_a_residual_is_that_of_torch_to_the_last_bit(residual_dtype, head_dim):
     def make(dtype):
@@ -121,12 +121,12 @@ LEVELS = ((5, 9), (3, 5), (2, 3))
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("num_heads", "autocast"), [(2, False), (2, True), (8, False), (8, True)])
 def test_the_levels_of_an_fpn_come_to_the_same_at_once_as_one_after_the_other(
-    monkeypatch, autocast
+    monkeypatch, num_heads, autocast
 ):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    head = attention_head().to(DEVICE)
+    head = attention_head(num_heads).to(DEVICE)
     features = [torch.randn(1, 64, *level, device=DEVICE) for level in LEVELS]
     features = [x.to(memory_format=torch.channels_last).requires_grad_() for x in features]
     results = []
@@ -281,14 +281,14 @@ def test_a_head_with_a_module_of_ones_own_goes_from_level_to_level(predictor):
         assert torch.equal(logits[0], head.cls_score(head.cls_subnet(features[0])))
 
 
-def attention_head():
+def attention_head(num_heads=2):
     from detectron2.layers import ShapeSpec
 
     from sasa_det.modeling.retinanet import AttentionRetinaNetHead
 
     torch.manual_seed(0)
     shapes = [ShapeSpec(channels=64)] * len(LEVELS)
-    options = {"num_classes": 2, "num_anchors": 9, "conv_dims": [64], "num_heads": 2}
+    options = {"num_classes": 2, "num_anchors": 9, "conv_dims": [64], "num_heads": num_heads}
     head = AttentionRetinaNetHead(input_shape=shapes, kernel_size=3, **options)
     for parameter in head.parameters():  # none of which is what it starts with
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -4,6 +4,8 @@ A program takes a tile of queries of one head and walks over its halo, the keys 
 sees, a few rows at a time: a small flash attention with an online softmax. Of the halo a query sees
 only its own window, 49 of 160 keys at k = 7; but the products run on tensor cores, which beat
 multiply-adds on the window alone by more than that, and each key is loaded 5 times instead of 49.
+Heads of 8 channels or fewer, which tensor cores are too deep for, have kernels of their own, in
+narrow_kernels.py.
 
 q . r has two factors, one of the query's position and the halo's row, one of its position and the
 halo's column. Their sum, with minus infinity outside the window and the map, is what the product of
@@ -12,18 +14,18 @@ queries and keys starts from as its accumulator, so masks and embeddings cost ne
 The backward computes the weights anew from the log-sum-exp, in two kernels without atomics: one
 walks from queries over keys, for the gradients of queries and embeddings, one from keys over the
 queries that see them; a third adds up those of the embeddings. Results do not change from run to
-run.
+run. Those for narrow heads write the gradients of q . r, and a kernel more sums them up.
 """
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, Levels, empty_gradient, empty_logsumexp
+from ..calls import AttentionCall, empty_gradient, empty_logsumexp
 from .launch import Launch, cdiv, next_power_of_2, on_device, refuses_tensor
+from .tiles import is_narrow, level_table, num_tiles, options, tile_of, tiles_grid
 
 # Programs that each sum the gradients of the embeddings over some tiles: enough to keep a GPU busy
 # to the end, few enough that reading their sums again takes no time.
@@ -98,9 +100,10 @@ def backward(
     embeddings = [x for x in (call.rel_rows, call.rel_cols) if x is not None]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in embeddings]
     with on_device(call.query):
-        query_gradient_launch(
+        for launch in query_gradient_launches(
             call, grad_output, output, logsumexp, grad_query, mean, partial_sums
-        ).run()
+        ):
+            launch.run()
         key_value_gradient_launch(call, grad_output, logsumexp, mean, grad_key, grad_value).run()
         if grads:
             embedding_gradient_launch(call, partial_sums, *grads).run()
@@ -125,7 +128,11 @@ def _channels_last(x: Tensor) -> Tensor:
     walkable = height == 1 or x.stride(2) == width * step
     # Of what is expanded, all numbers are one: the output is to be laid out in the same way.
     expanded = (n > 1 and of_image == 0) or (height * width > 1 and step < channels)
-    if x.stride(1) == 1 and walkable and not expanded:
+    # The kernels for narrow heads read bfloat16 two numbers at a time.
+    even = x.dtype != torch.bfloat16 or (
+        x.data_ptr() % 4 == 0 and of_image % 2 == 0 and step % 2 == 0
+    )
+    if x.stride(1) == 1 and walkable and not expanded and even:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -145,21 +152,24 @@ def forward_launch(
     added_up: Tensor | None = None,
 ) -> Launch:
     """Writes what is given of output and ``added_up``, whose strides are the same."""
-    from .kernels import forward_kernel
-
+    tile = tile_of(call)
+    if is_narrow(tile):
+        from .narrow_kernels import forward_kernel
+    else:
+        from .kernels import forward_kernel
     written = added_up if output is None else output
     assert written is not None
-    arguments = _arguments(call, output=written)
+    arguments = _arguments(call, tile, output=written)
     arguments |= {"output": output, "logsumexp": logsumexp}
     arguments |= {"residual": residual, "added_up": added_up}
     arguments["residual_strides"] = None if residual is None else _strides(residual)
-    given = options(call)
-    if given["num_warps"] == 1:
+    given = options(tile, call.query.dtype, narrow_registers=128)
+    if given["num_warps"] == 1 and call.query.dtype != torch.float32:
         given["maxnreg"] = 168  # for 12 warps on a multiprocessor; it would take up to 190
-    return Launch(forward_kernel, _tiles_grid(call), arguments, constants(call), given)
+    return Launch(forward_kernel, tiles_grid(call, tile), arguments, tile, given)
 
 
-def query_gradient_launch(
+def query_gradient_launches(
     call: AttentionCall,
     grad_output: Tensor,
     output: Tensor,
@@ -167,18 +177,34 @@ def query_gradient_launch(
     grad_query: Tensor,
     mean: Tensor,
     partial_sums: Tensor,
-) -> Launch:
-    """Writes ``grad_query``, ``mean`` (as ``logsumexp``) and ``partial_sums``."""
-    from .backward_kernels import query_gradient_kernel
-
-    arguments = _arguments(call, grad_output=grad_output, output=output, grad_query=grad_query)
+) -> list[Launch]:
+    """They write ``grad_query``, ``mean`` (as ``logsumexp``) and ``partial_sums``."""
+    tile = tile_of(call)
+    arguments = _arguments(
+        call, tile, grad_output=grad_output, output=output, grad_query=grad_query
+    )
     arguments |= {"logsumexp": logsumexp, "mean": mean, "partial_sums": partial_sums}
-    arguments |= {"num_images": call.query.shape[0], "tiles": _num_tiles(call)}
-    grid = (call.num_heads, partial_sums.shape[0])
-    tile = constants(call)
-    chunks = cdiv(tile["BLOCK_H"] + call.kernel_size - 1, tile["CHUNK_H"])
-    tile |= {"CHUNKS": next_power_of_2(chunks)}
-    return Launch(query_gradient_kernel, grid, arguments, tile, options(call))
+    arguments |= {"num_images": call.query.shape[0], "tiles": num_tiles(call, tile)}
+    given = options(tile, call.query.dtype)
+    summing_grid = (call.num_heads, partial_sums.shape[0])
+    if not is_narrow(tile):
+        from .backward_kernels import query_gradient_kernel
+
+        chunks = cdiv(tile["BLOCK_H"] + call.kernel_size - 1, tile["CHUNK_H"])
+        if call.query.dtype == torch.float32:
+            given["num_warps"] = max(2, given["num_warps"])  # for twice as many registers
+        tile = tile | {"CHUNKS": next_power_of_2(chunks)}
+        return [Launch(query_gradient_kernel, summing_grid, arguments, tile, given)]
+    from .narrow_backward_kernels import query_gradient_kernel, table_sums_kernel
+
+    table = (call.query.shape[0], arguments["positions"], call.num_heads, 2 * tile["KERNEL_PAD"])
+    arguments["grad_table"] = call.query.new_empty(table) if tile["RELATIVE"] else None
+    launches = [Launch(query_gradient_kernel, tiles_grid(call, tile), arguments, tile, given)]
+    if tile["RELATIVE"]:
+        tile = tile | {"POSITIONS_AT_ONCE": 64}
+        given = {"num_warps": 1, "num_stages": 3}
+        launches.append(Launch(table_sums_kernel, summing_grid, arguments, tile, given))
+    return launches
 
 
 def key_value_gradient_launch(
@@ -191,21 +217,23 @@ def key_value_gradient_launch(
 ) -> Launch:
     """Writes ``grad_key`` and ``grad_value``, whose strides are the same.
 
-    Reads the ``mean`` of ``query_gradient_launch``.
+    Reads the ``mean`` of ``query_gradient_launches``.
     """
-    from .backward_kernels import key_value_gradient_kernel
-
-    arguments = _arguments(call, grad_output=grad_output, grad_key=grad_key)
+    tile = tile_of(call)
+    if is_narrow(tile):
+        from .narrow_backward_kernels import key_value_gradient_kernel
+    else:
+        from .backward_kernels import key_value_gradient_kernel
+    arguments = _arguments(call, tile, grad_output=grad_output, grad_key=grad_key)
     arguments |= {"logsumexp": logsumexp, "mean": mean, "grad_value": grad_value}
-    return Launch(
-        key_value_gradient_kernel, _tiles_grid(call), arguments, constants(call), options(call)
-    )
+    given = options(tile, call.query.dtype)
+    return Launch(key_value_gradient_kernel, tiles_grid(call, tile), arguments, tile, given)
 
 
 def embedding_gradient_launch(
     call: AttentionCall, partial_sums: Tensor, grad_rows: Tensor, grad_cols: Tensor
 ) -> Launch:
-    """Writes ``grad_rows`` and ``grad_cols`` from the sums of ``query_gradient_launch``."""
+    """Writes ``grad_rows`` and ``grad_cols`` from the sums of ``query_gradient_launches``."""
     from .backward_kernels import embedding_gradient_kernel
 
     arguments = {
@@ -215,59 +243,12 @@ def embedding_gradient_launch(
         "programs": partial_sums.shape[0],
     }
     grid = (call.num_heads, 2 * call.kernel_size)
-    tile = constants(call) | {"PROGRAMS_AT_ONCE": 64}
-    options = {"num_warps": 4, "num_stages": 1}
-    return Launch(embedding_gradient_kernel, grid, arguments, tile, options)
+    tile = tile_of(call) | {"PROGRAMS_AT_ONCE": 64}
+    given = {"num_warps": 4, "num_stages": 1}
+    return Launch(embedding_gradient_kernel, grid, arguments, tile, given)
 
 
-def options(call: AttentionCall) -> dict[str, int]:
-    # One warp, where its registers suffice: keys go from shared memory to the tensor cores once for
-    # all queries of a tile. Those have no float32; plain multiply-adds need more threads.
-    if call.query.dtype == torch.float32:
-        return {"num_warps": 4, "num_stages": 2}
-    tile = _tile(call)
-    fits = tile["PADDED_DIM"] <= 32 and tile["KERNEL_PAD"] <= 8
-    return {"num_warps": 1 if fits else 2, "num_stages": 3}
-
-
-def constants(call: AttentionCall) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    return {
-        "NUM_HEADS": call.num_heads,
-        "HEAD_DIM": call.query.shape[1] // call.num_heads,
-        "RELATIVE": call.rel_rows is not None,
-        "LEVELS": 1 if call.levels is None else len(call.levels),
-        **_tile(call),
-    }
-
-
-def _tile(call: AttentionCall) -> dict[str, Any]:
-    return _tile_for(call.query.shape[1] // call.num_heads, call.kernel_size)
-
-
-@functools.cache
-def _tile_for(head_dim: int, kernel_size: int) -> dict[str, Any]:
-    """Tiles of 32 queries, chosen by their times on an H200 at k = 7.
-
-    With 2 x 8 of them in a tile instead of 4 x 8 fewer logits are of no use, but keys are loaded 8
-    times instead of 5; with 8 x 8 it is the other way round. Both were slower.
-    """
-    block_w = max(8, next_power_of_2(kernel_size - 1))
-    halo_w = 2 * block_w  # room for block_w + kernel_size - 1
-    return {
-        "PADDED_DIM": max(16, next_power_of_2(head_dim)),  # 16: the least depth of a product
-        "KERNEL_SIZE": kernel_size,
-        "KERNEL_PAD": max(8, next_power_of_2(kernel_size)),  # a table of 16 rows at least
-        "BLOCK_H": 32 // block_w,
-        "BLOCK_W": block_w,
-        "HALO_W": halo_w,
-        "CHUNK_H": max(1, 32 // halo_w),
-        # The other choice, tf32, has ten bits of mantissa.
-        "PRECISION": "ieee",
-    }
-
-
-def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
+def _arguments(call: AttentionCall, tile: dict[str, Any], **maps: Tensor) -> dict[str, Any]:
     """Query, key, value and these maps with their strides, and what else all kernels take."""
     maps |= {"query": call.query, "key": call.key}
     strides = {f"{name}_strides": _strides(x) for name, x in maps.items()}
@@ -276,9 +257,8 @@ def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
         for name, x in (("rel_rows", call.rel_rows), ("rel_cols", call.rel_cols))
     }
     height, width = call.query.shape[2:] if call.levels is None else call.levels[0]
-    tile = _tile(call)
     geometry = {
-        "levels": _level_table(call.levels, tile["BLOCK_H"], tile["BLOCK_W"], call.query.device),
+        "levels": level_table(call, tile),
         "positions": call.query.shape[2] * call.query.shape[3],
         "height": height,
         "width": width,
@@ -286,36 +266,10 @@ def _arguments(call: AttentionCall, **maps: Tensor) -> dict[str, Any]:
     return {**maps, "value": call.value, **strides, **embeddings, **geometry}
 
 
-@functools.cache  # without limit: a captured CUDA graph may still read any of them
-def _level_table(
-    levels: Levels | None, block_h: int, block_w: int, device: torch.device
-) -> Tensor | None:
-    """As ``kernels.level_of`` reads it."""
-    if levels is None:
-        return None
-    rows, tiles, positions = [], 0, 0
-    for height, width in levels:
-        rows.append((tiles, positions, height, width))
-        tiles += cdiv(height, block_h) * cdiv(width, block_w)
-        positions += height * width
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def _num_tiles(call: AttentionCall) -> int:
-    """Of an image."""
-    tile = _tile(call)
-    levels = call.levels or (tuple(call.query.shape[2:]),)
-    return sum(cdiv(h, tile["BLOCK_H"]) * cdiv(w, tile["BLOCK_W"]) for h, w in levels)
-
-
-def _tiles_grid(call: AttentionCall) -> tuple[int, int]:
-    return call.num_heads * _num_tiles(call), call.query.shape[0]
-
-
 def new_partial_sums(call: AttentionCall) -> Tensor:
-    """Room for the sums of the programs of ``query_gradient_kernel``."""
-    tile = _tile(call)
-    tiles = call.query.shape[0] * _num_tiles(call)
+    """Room for the sums of the programs that add up the embeddings' gradients."""
+    tile = tile_of(call)
+    tiles = call.query.shape[0] * num_tiles(call, tile)
     programs = min(tiles, cdiv(_SUMMING_PROGRAMS, call.num_heads))
-    table = (2 * tile["KERNEL_PAD"], tile["PADDED_DIM"])
-    return call.query.new_empty(programs, call.num_heads, *table, dtype=torch.float32)
+    shape = (programs, call.num_heads, 2 * call.kernel_size, tile["HEAD_DIM"] // 2)
+    return call.query.new_empty(shape, dtype=torch.float32)

@@ -15,6 +15,7 @@ from .kernels import (
     load,
     load_table,
     offsets_of,
+    parts_of_table,
     store,
     table_start,
     within,
@@ -34,6 +35,30 @@ def gradient_of_offsets(grad_halo, index, seen):
     """(M, T) of (M, rows or columns of the halo): each query's own window of its halo."""
     seen = seen & (index >= 0) & (index < grad_halo.shape[1])
     return tl.where(seen, tl.gather(grad_halo, tl.where(seen, index, 0), 1), 0.0)
+
+
+@triton.jit
+def store_table_sums(
+    partial_sums,
+    total,
+    head,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_PAD: tl.constexpr,
+):
+    """Writes this program's (T, D) gradient of a head's table of embeddings.
+
+    ``partial_sums`` is (programs, heads, 2 * KERNEL_SIZE, HEAD_DIM / 2), those of rows first.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    sums = partial_sums + (tl.program_id(1) * NUM_HEADS + head) * (2 * KERNEL_SIZE * HALF)
+    offset, channel = tl.arange(0, 2 * KERNEL_PAD)[:, None], tl.arange(0, PADDED_DIM)[None]
+    is_row, is_col = parts_of_table(offset, channel, HEAD_DIM, KERNEL_SIZE, KERNEL_PAD)
+    embedding = tl.where(is_row, offset, offset - KERNEL_PAD + KERNEL_SIZE)
+    number = tl.where(is_row, channel, channel - HALF)
+    tl.store(sums + (embedding * HALF + number), total, is_row | is_col)
 
 
 @triton.jit(do_not_specialize=["num_images", "tiles", "positions", "height", "width"])
@@ -77,7 +102,7 @@ def query_gradient_kernel(
     """Many tiles of queries of one head, one after the other.
 
     Writes their gradients, ``mean`` (N, heads, H, W), which is grad_output . output, and this
-    program's sum for the table of embeddings: ``partial_sums`` is (programs, heads, T, D).
+    program's sums for the embeddings, ``partial_sums``.
     """
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     M: tl.constexpr = BLOCK_H * BLOCK_W
@@ -172,9 +197,16 @@ def query_gradient_kernel(
         base = base_of(grad_query, grad_query_strides, n, start, head, HEAD_DIM)
         store(base, offsets, result, inside, HEAD_DIM, PADDED_DIM)
     if RELATIVE:
-        program = tl.program_id(1) * NUM_HEADS + head
-        index = tl.arange(0, T)[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None]
-        tl.store(partial_sums + program * T * PADDED_DIM + index, table_total)
+        store_table_sums(
+            partial_sums,
+            table_total,
+            head,
+            NUM_HEADS,
+            HEAD_DIM,
+            PADDED_DIM,
+            KERNEL_SIZE,
+            KERNEL_PAD,
+        )
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -187,32 +219,24 @@ def embedding_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
-    KERNEL_PAD: tl.constexpr,
     PROGRAMS_AT_ONCE: tl.constexpr,
 ):
     """The gradient of one embedding of one head, from the sums of ``query_gradient_kernel``."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head, embedding = tl.program_id(0), tl.program_id(1)
-    is_col = embedding >= KERNEL_SIZE
-    offset = tl.where(is_col, embedding - KERNEL_SIZE, embedding)
-    row = tl.where(is_col, KERNEL_PAD + offset, offset)  # of the table
     channel = tl.arange(0, PADDED_DIM)
     total = tl.zeros([PROGRAMS_AT_ONCE, PADDED_DIM], tl.float32)
     for first in range(0, programs, PROGRAMS_AT_ONCE):
         program = first + tl.arange(0, PROGRAMS_AT_ONCE)
-        table = (program * NUM_HEADS + head) * (2 * KERNEL_PAD) + row
-        pointers = partial_sums + (table * PADDED_DIM)[:, None] + channel[None]
-        total += tl.load(pointers, (program < programs)[:, None], 0.0)
+        start = ((program * NUM_HEADS + head) * (2 * KERNEL_SIZE) + embedding) * HALF
+        mask = (program < programs)[:, None] & (channel < HALF)[None]
+        total += tl.load(partial_sums + start[:, None] + channel[None], mask, 0.0)
     result = tl.sum(total, 0)
-    start = (head * KERNEL_SIZE + offset) * HALF
-    if is_col:
-        mask = (channel >= HALF) & (channel < HEAD_DIM)
-        tl.store(
-            grad_cols + start + channel - HALF, convert(result, grad_cols.dtype.element_ty), mask
-        )
+    index = (head * KERNEL_SIZE + embedding % KERNEL_SIZE) * HALF + channel
+    if embedding < KERNEL_SIZE:
+        tl.store(grad_rows + index, convert(result, grad_rows.dtype.element_ty), channel < HALF)
     else:
-        mask = channel < HALF
-        tl.store(grad_rows + start + channel, convert(result, grad_rows.dtype.element_ty), mask)
+        tl.store(grad_cols + index, convert(result, grad_cols.dtype.element_ty), channel < HALF)
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width"])

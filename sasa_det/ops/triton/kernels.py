@@ -121,6 +121,21 @@ def store(base, offsets, x, inside, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.const
 
 
 @triton.jit
+def parts_of_table(
+    offset,
+    channel,
+    HEAD_DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_PAD: tl.constexpr,
+):
+    """Where the table of ``load_table`` has row embeddings, and where column embeddings."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    is_row = (offset < KERNEL_SIZE) & (channel < HALF)
+    is_col = (offset >= KERNEL_PAD) & (offset < KERNEL_PAD + KERNEL_SIZE)
+    return is_row, is_col & (channel >= HALF) & (channel < HEAD_DIM)
+
+
+@triton.jit
 def load_table(
     rel_rows,
     rel_cols,
@@ -136,9 +151,7 @@ def load_table(
     HALF: tl.constexpr = HEAD_DIM // 2
     offset = tl.arange(0, 2 * KERNEL_PAD)[:, None]
     channel = tl.arange(0, PADDED_DIM)[None]
-    is_row = (offset < KERNEL_SIZE) & (channel < HALF)
-    is_col = (offset >= KERNEL_PAD) & (offset < KERNEL_PAD + KERNEL_SIZE)
-    is_col = is_col & (channel >= HALF) & (channel < HEAD_DIM)
+    is_row, is_col = parts_of_table(offset, channel, HEAD_DIM, KERNEL_SIZE, KERNEL_PAD)
     start = head * KERNEL_SIZE * HALF
     rows = tl.load(rel_rows + start + offset * HALF + channel, mask=is_row, other=0.0)
     col_index = start + (offset - KERNEL_PAD) * HALF + channel - HALF

@@ -7,25 +7,8 @@ import triton
 import triton.language as tl
 
 from .kernels import LOWEST
-from .stem_kernels import load_pixel, locate, repeat, weigh, weights_of_head
-
-
-@triton.jit
-def add_up(x, y, COUNT: tl.constexpr):
-    """x[0] * y[0] + x[1] * y[1] + ..."""
-    total = x[0] * y[0]
-    for i in tl.static_range(1, COUNT):
-        total += x[i] * y[i]
-    return total
-
-
-@triton.jit
-def add_scaled(sums, x, y, COUNT: tl.constexpr):
-    """``sums`` and ``x`` times each of ``y``."""
-    new_sums = ()
-    for i in tl.static_range(COUNT):
-        new_sums += (sums[i] + x * y[i],)
-    return new_sums
+from .stem_kernels import load_pixel, locate, weigh, weights_of_head
+from .tuples import add_scaled, add_up, repeat
 
 
 @triton.jit

@@ -10,14 +10,7 @@ import triton
 import triton.language as tl
 
 from .kernels import LOWEST, convert
-
-
-@triton.jit
-def repeat(x, COUNT: tl.constexpr):
-    repeated = ()
-    for _ in tl.static_range(COUNT):
-        repeated += (x,)
-    return repeated
+from .tuples import repeat
 
 
 @triton.jit
