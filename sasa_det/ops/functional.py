@@ -247,8 +247,8 @@ def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def cast_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As they are where they may be, beside a query that autocast has seen to: the kernels round
-    them themselves, and add up their gradients in float32."""
+    """As they are where they may be, beside a query that autocast has seen to: the kernels read
+    float32 too, and add up their gradients in it."""
     if any(e is None or e.dtype == compute_dtype(query.dtype) for e in embeddings):
         return embeddings
     return cast_for_autocast(query, *embeddings)[1:]

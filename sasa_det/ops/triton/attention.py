@@ -4,8 +4,8 @@ A program takes a tile of queries of one head and walks over its halo, the keys 
 sees, a few rows at a time: a small flash attention with an online softmax. Of the halo a query sees
 only its own window, 49 of 160 keys at k = 7; but the products run on tensor cores, which beat
 multiply-adds on the window alone by more than that, and each key is loaded 5 times instead of 49.
-Heads of 8 channels or fewer, which tensor cores are too deep for, have kernels of their own, in
-narrow_kernels.py.
+Narrow heads, of 2, 4 or 8 channels, which tensor cores are too deep for, have kernels of their own
+for windows of 3x3 to 7x7, in narrow_kernels.py.
 
 q . r has two factors, one of the query's position and the halo's row, one of its position and the
 halo's column. Their sum, with minus infinity outside the window and the map, is what the product of
@@ -77,7 +77,7 @@ def add_to(
     The channels of the residual come last. The sum is of the wider dtype of the two.
     """
     logsumexp = empty_logsumexp(call.query, call.num_heads)
-    call = _with_channels_last(call)
+    call, residual = _with_channels_last(call), _channels_last(residual)
     dtype = torch.promote_types(residual.dtype, call.query.dtype)
     added_up = torch.empty_like(residual, dtype=dtype)
     output = torch.empty_like(residual, dtype=call.query.dtype) if keep_output else None
@@ -123,18 +123,16 @@ def _with_channels_last(call: AttentionCall) -> AttentionCall:
 
 def _channels_last(x: Tensor) -> Tensor:
     """(N, C, H, W) whose positions and channels can be walked over with two strides."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     of_image, step = _strides(x)
-    walkable = height == 1 or x.stride(2) == width * step
+    walkable = x.stride(1) == 1 and (height == 1 or x.stride(2) == width * step)
     # Of what is expanded, all numbers are one: the output is to be laid out in the same way.
-    expanded = (n > 1 and of_image == 0) or (height * width > 1 and step < channels)
+    expanded = (n > 1 and of_image == 0) or (height * width > 1 and step < x.shape[1])
     # The kernels for narrow heads read bfloat16 two numbers at a time.
-    even = x.dtype != torch.bfloat16 or (
-        x.data_ptr() % 4 == 0 and of_image % 2 == 0 and step % 2 == 0
-    )
-    if x.stride(1) == 1 and walkable and not expanded and even:
+    even = x.dtype != torch.bfloat16 or not (x.data_ptr() % 4 or of_image % 2 or step % 2)
+    if walkable and not expanded and even and step * height * width < 2**31:
         return x
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.clone(memory_format=torch.channels_last)
 
 
 def _strides(x: Tensor) -> tuple[int, int]:

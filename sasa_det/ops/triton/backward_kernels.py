@@ -221,7 +221,7 @@ def embedding_gradient_kernel(
     KERNEL_SIZE: tl.constexpr,
     PROGRAMS_AT_ONCE: tl.constexpr,
 ):
-    """The gradient of one embedding of one head, from the sums of ``query_gradient_kernel``."""
+    """The gradient of one embedding of one head, from ``partial_sums``."""
     HALF: tl.constexpr = HEAD_DIM // 2
     head, embedding = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, PADDED_DIM)

@@ -13,12 +13,11 @@ from .narrow_kernels import (
     load_channels,
     load_numbers,
     nearest,
-    product,
     row_logits,
     store_channels,
     threads_of,
 )
-from .tuples import add_scaled, add_up, part_of, repeat, scale, shift
+from .tuples import add_scaled, part_of, product, repeat, scale, shift
 
 
 @triton.jit
@@ -87,7 +86,7 @@ def query_gradient_kernel(
         x = load_channels(query_base, position * query_strides[1] + channel, HEAD_DIM)
         grad = load_channels(grad_base, position * grad_output_strides[1] + channel, HEAD_DIM)
         out = load_channels(output_base, position * output_strides[1] + channel, HEAD_DIM)
-        query_mean = add_up(grad, out, HEAD_DIM)
+        query_mean = product(grad, out, 0.0, HEAD_DIM)
         place = head * positions + position
         tl.store(mean + plane + place, query_mean, inside)
         # Outside the map the weights come out as zero.

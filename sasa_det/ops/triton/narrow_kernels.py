@@ -3,8 +3,8 @@
 Products on tensor cores are 16 numbers deep at least, half of them padding with 8 channels, and
 what is loaded from the map of such a head is half of what the memory sends. Here a program takes
 several heads, whose channels lie side by side, and each thread a strip of positions of one head,
-neighbours in a row: it needs no other thread's registers. Every tensor is (threads,), and tuples
-go through positions, channels and offsets. Maps, and what begins with capitals, as in
+neighbours in a row: it needs nothing that another thread has. Every tensor is (threads,), and
+tuples go through positions, channels and offsets. Maps, and what begins with capitals, as in
 :mod:`.kernels`; logits are in units of log 2.
 """
 
@@ -26,7 +26,7 @@ from .kernels import (
     log2,
     within,
 )
-from .tuples import add_scaled, part_of, repeat, scale
+from .tuples import add_scaled, part_of, product, repeat, scale
 
 
 @triton.jit
@@ -121,14 +121,6 @@ def store_channels(base, offsets, channels, inside, COUNT: tl.constexpr):
         pointers = base + (offsets + first)[:, None] + tl.arange(0, AT_ONCE)[None]
         x = convert(joined(channels, first, AT_ONCE), base.dtype.element_ty)
         tl.store(pointers, x, inside[:, None])
-
-
-@triton.jit
-def product(x, y, start, COUNT: tl.constexpr):
-    """``start`` + x[0] * y[0] + x[1] * y[1] + ..."""
-    for i in tl.static_range(COUNT):
-        start += x[i] * y[i]
-    return start
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .kernels import LOWEST
 from .stem_kernels import load_pixel, locate, weigh, weights_of_head
-from .tuples import add_scaled, add_up, repeat
+from .tuples import add_scaled, product, repeat
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def weigh_outputs(
         value = ()
         for j in tl.static_range(BLOCK_SIZE):
             value += (values[d * BLOCK_SIZE + j],)
-        output = tl.sum(add_up(weights, value, BLOCK_SIZE), 1)[:, None]
+        output = tl.sum(product(weights, value, 0.0, BLOCK_SIZE), 1)[:, None]
         grad = tl.where(highest_at[d] == COLUMN, grads[d], tl.load(grad_sum + d))
         grad += tl.load(twice_grad_square_sum + d) * output
         grad_weights = add_scaled(grad_weights, grad, value, BLOCK_SIZE)
@@ -310,7 +310,7 @@ def pooled_backward_kernel(
                     HEAD_DIM,
                     BLOCK_SIZE,
                 )
-                mean = tl.sum(add_up(weights, grad_weights, BLOCK_SIZE), 1)[:, None]
+                mean = tl.sum(product(weights, grad_weights, 0.0, BLOCK_SIZE), 1)[:, None]
                 grad_logits = ()
                 for j in tl.static_range(BLOCK_SIZE):
                     grad_logits += (weights[j] * (grad_weights[j] - mean),)

@@ -40,7 +40,7 @@ def _tile_of(
         "PRECISION": precision,
         **(_narrow_tile(num_heads) if narrow else _tile(kernel_size)),
     }
-    if not _fits_a_warp(tile):  # nor tensor cores, if the numbers are of float32
+    if not _fits_a_warp(tile):  # nor, with numbers of float32, tensor cores
         tile["PRECISION"] = "ieee"
     return tile
 
@@ -79,8 +79,8 @@ def options(
     """What the compiler is told for such a tile."""
     if is_narrow(tile):
         return {"num_warps": 4, "num_stages": 1, "maxnreg": narrow_registers}
-    # One warp, where its registers suffice: keys go from shared memory to the tensor cores once for
-    # all queries of a tile.
+    # One warp, where its registers suffice, or nearly so: keys go from shared memory to the tensor
+    # cores once for all queries of a tile.
     if dtype == torch.float32:
         return {"num_warps": 1 if _fits_a_warp(tile) else 4, "num_stages": 2}
     return {"num_warps": 1 if _fits_a_warp(tile) else 2, "num_stages": 3}

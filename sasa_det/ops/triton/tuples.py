@@ -26,12 +26,11 @@ def scale(x, factor, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_up(x, y, COUNT: tl.constexpr):
-    """x[0] * y[0] + x[1] * y[1] + ..."""
-    total = x[0] * y[0]
-    for i in tl.static_range(1, COUNT):
-        total += x[i] * y[i]
-    return total
+def product(x, y, start, COUNT: tl.constexpr):
+    """``start`` + x[0] * y[0] + x[1] * y[1] + ..."""
+    for i in tl.static_range(COUNT):
+        start += x[i] * y[i]
+    return start
 
 
 @triton.jit
