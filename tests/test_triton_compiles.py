@@ -103,7 +103,7 @@ COMPILED = [
     (torch.bfloat16, 64, 11, True, None),
     (torch.bfloat16, 8, 7, True, ((15, 30), (10, 15))),
     (torch.float16, 4, 5, False, None),
-    (torch.float32, 8, 7, True, None),
+    (torch.float32, 8, 3, True, None),
     (torch.float16, 2, 3, True, None),
     (torch.bfloat16, 6, 1, False, None),
     (torch.bfloat16, 16, 17, True, ((15, 30), (10, 15))),
