@@ -189,8 +189,8 @@ def query_gradient_launches(
         from .backward_kernels import query_gradient_kernel
 
         chunks = cdiv(tile["BLOCK_H"] + call.kernel_size - 1, tile["CHUNK_H"])
-        if call.query.dtype == torch.float32:
-            given["num_warps"] = max(2, given["num_warps"])  # for twice as many registers
+        if tile["PRECISION"] == "tf32x3":
+            given["num_warps"] = 2  # for twice as many registers
         tile = tile | {"CHUNKS": next_power_of_2(chunks)}
         return [Launch(query_gradient_kernel, summing_grid, arguments, tile, given)]
     from .narrow_backward_kernels import query_gradient_kernel, table_sums_kernel
