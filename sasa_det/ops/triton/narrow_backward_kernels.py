@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .backward_kernels import store_table_sums
-from .kernels import LOG2_E, base_of, dot, level_of, within
+from .kernels import LOG2_E, base_of, dot, within
 from .narrow_kernels import (
     column_logits,
     load_channels,
@@ -54,7 +54,6 @@ def query_gradient_kernel(
     HEAD_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     KERNEL_PAD: tl.constexpr,
-    RELATIVE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -69,10 +68,9 @@ def query_gradient_kernel(
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     HALF: tl.constexpr = HEAD_DIM // 2
     T: tl.constexpr = 2 * KERNEL_PAD
-    GROUPS: tl.constexpr = NUM_HEADS // HEADS
-    n, first_head = tl.program_id(1), tl.program_id(0) % GROUPS * HEADS
-    tile, start, height, width = level_of(tl.program_id(0) // GROUPS, levels, height, width, LEVELS)
-    head, row, col = threads_of(tile, width, HEADS, BLOCK_H, BLOCK_W, STRIP)
+    n, first_head, start, height, width, head, row, col = threads_of(
+        levels, height, width, LEVELS, NUM_HEADS, HEADS, BLOCK_H, BLOCK_W, STRIP
+    )
     channel = head * HEAD_DIM
     zeros = tl.zeros(row.shape, tl.float32)
     plane = (n.to(tl.int64) * NUM_HEADS + first_head) * positions + start
@@ -137,7 +135,7 @@ def query_gradient_kernel(
             new_row_grads += (shift(row_grads[i], row_grad[i], KERNEL_SIZE),)
         row_grads = new_row_grads
 
-    if RELATIVE:
+    if rel_rows is not None:
         for offset in tl.static_range(KERNEL_SIZE):
             of_row = load_numbers(rel_rows, embeddings + offset * HALF, HALF)
             of_col = load_numbers(rel_cols, embeddings + offset * HALF, HALF)
@@ -149,19 +147,17 @@ def query_gradient_kernel(
                 second = add_scaled(second, col_grads[i][offset], of_col, HALF)
                 new_result += (first + second,)
             result = new_result
-        table_base = (
-            grad_table + ((n.to(tl.int64) * positions + start) * NUM_HEADS + first_head) * T
-        )
     base = base_of(grad_query, grad_query_strides, n, start, first_head, HEAD_DIM)
     for i in tl.static_range(STRIP):
         inside = (row < height) & (col + i < width)
         position = row * width + col + i
         offsets = position * grad_query_strides[1] + channel
         store_channels(base, offsets, result[i], inside, HEAD_DIM)
-        if RELATIVE:
+        if grad_table is not None:
             numbers = table_of(row_grads[i], col_grads[i], KERNEL_SIZE, KERNEL_PAD)
+            first_table = (n.to(tl.int64) * positions + start) * NUM_HEADS + first_head
             offsets = (position.to(tl.int64) * NUM_HEADS + head) * T
-            store_channels(table_base, offsets, numbers, inside, T)
+            store_channels(grad_table + first_table * T, offsets, numbers, inside, T)
 
 
 @triton.jit(do_not_specialize=["num_images", "positions"])
@@ -229,7 +225,6 @@ def key_value_gradient_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
-    RELATIVE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -238,10 +233,9 @@ def key_value_gradient_kernel(
     """A tile of keys of HEADS heads. In all else as the other kernel of these gradients."""
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     HALF: tl.constexpr = HEAD_DIM // 2
-    GROUPS: tl.constexpr = NUM_HEADS // HEADS
-    n, first_head = tl.program_id(1), tl.program_id(0) % GROUPS * HEADS
-    tile, start, height, width = level_of(tl.program_id(0) // GROUPS, levels, height, width, LEVELS)
-    head, row, col = threads_of(tile, width, HEADS, BLOCK_H, BLOCK_W, STRIP)
+    n, first_head, start, height, width, head, row, col = threads_of(
+        levels, height, width, LEVELS, NUM_HEADS, HEADS, BLOCK_H, BLOCK_W, STRIP
+    )
     channel = head * HEAD_DIM
     zeros = tl.zeros(row.shape, tl.float32)
     key_base = base_of(key, key_strides, n, start, first_head, HEAD_DIM)
@@ -254,7 +248,7 @@ def key_value_gradient_kernel(
         keys += (scale(k, LOG2_E, HEAD_DIM),)
         values += (load_channels(value_base, offsets, HEAD_DIM),)
     embeddings = (first_head + head) * (KERNEL_SIZE * HALF)
-    if RELATIVE:
+    if rel_cols is not None:
         for offset in tl.static_range(KERNEL_SIZE):
             embedding = load_numbers(rel_cols, embeddings + offset * HALF, HALF)
             col_embeddings += (scale(embedding, LOG2_E, HALF),)
@@ -266,7 +260,7 @@ def key_value_gradient_kernel(
     value_result = key_result
     for r in range(KERNEL_SIZE):  # the offset from queries to keys
         q_row = row - (r - RADIUS)
-        if RELATIVE:
+        if rel_rows is not None:
             embedding = load_numbers(rel_rows, embeddings + r * HALF, HALF)
             row_embedding = scale(embedding, LOG2_E, HALF)
         for j in tl.static_range(STRIP + KERNEL_SIZE - 1):
@@ -279,13 +273,13 @@ def key_value_gradient_kernel(
             q_mean = tl.load(mean + plane + place)
             # Outside the map the weights come out as zero.
             of_row = tl.where(within(q_row, height) & within(q_col, width), -lse, float("-inf"))
-            if RELATIVE:
+            if rel_rows is not None:
                 of_row = product(q, row_embedding, of_row, HALF)
             new_keys, new_values = (), ()
             for i in tl.static_range(STRIP):
                 if j >= i and j - i < KERNEL_SIZE:
                     logit = of_row
-                    if RELATIVE:
+                    if rel_cols is not None:
                         embedding = col_embeddings[i - j + KERNEL_SIZE - 1]
                         logit = product(part_of(q, HALF, HALF), embedding, logit, HALF)
                     weight = tl.exp2(product(q, keys[i], logit, HEAD_DIM))

@@ -31,19 +31,29 @@ from .tuples import add_scaled, part_of, product, repeat, scale
 
 @triton.jit
 def threads_of(
-    tile,
+    levels,
+    height,
     width,
+    LEVELS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """Of each thread its head, among those of the program, and where its strip begins."""
+    """Of the program its image, first head, and its map's first position, height and width.
+
+    And of each of its threads the head, counted from the first, and where its strip begins.
+    """
+    GROUPS: tl.constexpr = NUM_HEADS // HEADS
     STRIPS: tl.constexpr = BLOCK_W // STRIP
-    thread = tl.arange(0, HEADS * BLOCK_H * STRIPS)  # heads of a position lie side by side
+    n, first_head = tl.program_id(1), tl.program_id(0) % GROUPS * HEADS
+    tile, start, height, width = level_of(tl.program_id(0) // GROUPS, levels, height, width, LEVELS)
     top, left = corner_of(tile, width, BLOCK_H, BLOCK_W)
+    thread = tl.arange(0, HEADS * BLOCK_H * STRIPS)  # heads of a position lie side by side
     strip = thread // HEADS
-    return thread % HEADS, top + strip // STRIPS, left + strip % STRIPS * STRIP
+    row, col = top + strip // STRIPS, left + strip % STRIPS * STRIP
+    return n, first_head, start, height, width, thread % HEADS, row, col
 
 
 @triton.jit
@@ -222,10 +232,9 @@ def forward_kernel(
     """A tile of queries of HEADS heads. In all else as the other forward kernel."""
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     HALF: tl.constexpr = HEAD_DIM // 2
-    GROUPS: tl.constexpr = NUM_HEADS // HEADS
-    n, first_head = tl.program_id(1), tl.program_id(0) % GROUPS * HEADS
-    tile, start, height, width = level_of(tl.program_id(0) // GROUPS, levels, height, width, LEVELS)
-    head, row, col = threads_of(tile, width, HEADS, BLOCK_H, BLOCK_W, STRIP)
+    n, first_head, start, height, width, head, row, col = threads_of(
+        levels, height, width, LEVELS, NUM_HEADS, HEADS, BLOCK_H, BLOCK_W, STRIP
+    )
     channel = head * HEAD_DIM
     zeros = tl.zeros(row.shape, tl.float32)
     base = base_of(query, query_strides, n, start, first_head, HEAD_DIM)
