@@ -5,6 +5,7 @@ with names that newer Pillow and NumPy removed. :func:`fill_gaps` puts a stand-i
 something is missing; an installation that is whole is left untouched.
 """
 
+import gc
 import importlib.util
 import re
 import sys
@@ -79,6 +80,20 @@ def create_local_process_group(num_processes: int) -> None:
         group = dist.new_group(list(ranks))
         if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def destroy_process_groups() -> None:
+    """Ends torch.distributed, and its threads, in this process; detectron2 keeps groups otherwise.
+
+    A thread of Gloo that lets go of a tensor while the interpreter ends aborts the process.
+    """
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # models and trainers are held by reference cycles, and hold groups
+    dist.destroy_process_group()
 
 
 def _official_evaluation() -> ModuleType:

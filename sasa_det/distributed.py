@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 import torch
@@ -17,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
-from sasa_det.compat import create_local_process_group
+from sasa_det.compat import create_local_process_group, destroy_process_groups
 
 # The exit status that shells report of a process that SIGTERM ended.
 TERMINATED = 128 + signal.SIGTERM
@@ -38,7 +39,7 @@ def launch(main: Callable, args: argparse.Namespace, *, device: str) -> None:
     if not is_started_by_torchrun():
         with termination_passed_on():
             launch_by_detectron2(
-                main,
+                partial(_in_process, main),
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
@@ -51,12 +52,28 @@ def launch(main: Callable, args: argparse.Namespace, *, device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Longer than torch's own: the others wait while the first process evaluates.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+    create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+    _in_process(main, args)
+
+
+def _in_process(main: Callable, args: argparse.Namespace) -> None:
+    """Runs ``main(args)``; afterwards, no thread of a process group is left to abort the process.
+
+    Where it fails, the process ends at once: the others may wait for it, and it not for them.
+    """
+    status = 0
     try:
-        create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        comm.synchronize()
         main(args)
-    finally:
-        dist.destroy_process_group()
+    except SystemExit as error:
+        if error.code != TERMINATED:  # on which all have agreed
+            raise
+        status = TERMINATED
+    # Not within "except", where the error holds main's frames, these the model, and it a group.
+    if dist.is_initialized():
+        destroy_process_groups()
+    if status:
+        sys.exit(status)
 
 
 def check_launch(args: argparse.Namespace, device: str) -> None:

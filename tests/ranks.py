@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 tests/ranks.py FOLDER
 """
 
 import argparse
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -172,3 +173,5 @@ def register_pictures(folder: Path) -> None:
 if __name__ == "__main__":
     arguments = argparse.Namespace(num_gpus=1, folder=Path(sys.argv[1]))
     launch(main, arguments, device="cpu")
+    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    (arguments.folder / f"threads_{os.environ['RANK']}.txt").write_text("\n".join(threads))

@@ -87,6 +87,13 @@ def test_torchrun_tells_detectron2_which_processes_share_a_machine(two):
     assert two["local"] == (0, 2)
 
 
+def test_no_thread_of_a_process_group_is_left_that_could_abort_a_process_as_it_ends(two, folder):
+    for rank in range(2):
+        threads = (folder / f"threads_{rank}.txt").read_text().splitlines()
+        assert "python" in threads
+        assert not [name for name in threads if "gloo" in name]
+
+
 @pytest.mark.parametrize("training", ["synchronised", "in parts"])
 def test_two_ranks_with_half_the_batch_each_have_the_losses_of_one_with_the_whole(
     one, two, training
