@@ -14,9 +14,11 @@ import sasa_det  # noqa: F401
 
 # isort: split
 from conftest import CONFIGS, ROOT
+from detectron2.modeling import build_model
 
 from sasa_det.analysis import charts, report, workloads
 from sasa_det.analysis.comparison import Comparison, Row
+from sasa_det.analysis.detector_workloads import build_detector, compile_networks, model_contestants
 from sasa_det.analysis.memory import PeakMemory, peak_memory
 from sasa_det.analysis.peers import PEERS, available_peers
 from sasa_det.analysis.timing import SHORTEST_SAMPLE, SLOW, SLOW_ROUNDS, Steps, race, reason
@@ -149,11 +151,23 @@ def test_peak_memory_is_that_of_the_step():
 @pytest.mark.parametrize("peer", [None, "eager unfold"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_a_detector_runs_with_every_implementation(peer, training):
-    steps = workloads.build_detector(
+    steps = build_detector(
         config("retinanet_full_attn"), 64, Setting(), "channels_last", training, peer
     )
     steps.warm_up()
     steps.step()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_detectors_run_as_they_are_compiled_and_with_their_norms_folded(training):
+    configs = {name: config(name) for name in ("retinanet_conv", "retinanet_full_attn")}
+    rows = {c.implementation: c for c in model_contestants(configs, 64, Setting(), training)}
+    assert all(f"{name}, compiled" in rows for name in configs)
+    assert all((f"{name}, norms folded" in rows) != training for name in configs)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute; test_compile.py does
+        rows["retinanet_full_attn, compiled"].build().step()
+    model = compile_networks(build_model(configs["retinanet_conv"]))
+    assert all(network._compiled_call_impl for network in (model.backbone, model.head))
 
 
 def test_a_layer_runs_in_half_precision_and_pooled():

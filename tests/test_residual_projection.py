@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from sasa_det.ops import available_backends, residual_projection, use_backend
+from sasa_det.ops.calls import ResidualCall
+from sasa_det.ops.native import residual as native_kernel
 
+OPERATOR = torch.ops.sasa_det.residual_projection
 EPSILON = torch.finfo(torch.float32).eps
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 native = pytest.mark.skipif(available_backends()["native"] is not None, reason="no native backend")
@@ -60,21 +63,35 @@ def assert_it_is_the_formula(inputs):
 
 
 @native
-def test_the_native_kernel_serves_channels_last_and_refuses_what_it_cannot():
-    operator = torch.ops.sasa_det.residual_projection
+def test_the_native_kernel_computes_the_same_twice():
     inputs = make_inputs((1, 8, 5, 6), 24)
+    assert native_kernel.refuses(ResidualCall(*inputs)) is None
     with torch.no_grad():
-        torch.library.opcheck(operator.default, inputs)
-        first = operator(*inputs)
-        assert torch.equal(first, operator(*inputs))
-        with pytest.raises(RuntimeError, match="adds to maps in channels_last"):
-            operator(inputs[0].contiguous(), *inputs[1:])
-        with pytest.raises(RuntimeError, match="in float32"):
-            operator(*(t.double() for t in inputs))
-        with pytest.raises(RuntimeError, match="shapes of the tensors do not fit"):
-            operator(inputs[0], inputs[1][:, :4], *inputs[2:])
-        with pytest.raises(RuntimeError, match="shapes of the tensors do not fit"):
-            operator(inputs[0], inputs[1][:, :0], inputs[2][:, :0], None)
+        assert torch.equal(OPERATOR(*inputs), OPERATOR(*inputs))
+
+
+def test_whatever_kernel_there_is_the_operator_keeps_its_promises():
+    """Of shape, format and dtype, which a compiler counts on."""
+    inputs = make_inputs((1, 8, 5, 6), 24)
+    contiguous = (inputs[0].contiguous(), *inputs[1:])
+    double = tuple(t.double() for t in inputs)
+    if available_backends()["native"] is None:
+        for others, reason in ((contiguous, "in channels_last"), (double, "in float32")):
+            assert reason in native_kernel.refuses(ResidualCall(*others))
+    with torch.no_grad():
+        for call in (inputs, contiguous, double):
+            torch.library.opcheck(OPERATOR.default, call)
+            assert_it_is_the_formula(call)
+
+
+def test_shapes_that_do_not_fit_are_an_error():
+    residual, x, weight, _ = make_inputs((1, 8, 5, 6), 24)
+    with torch.no_grad():
+        for channels in (4, 0):
+            with pytest.raises(RuntimeError):
+                residual_projection(residual, x[:, :channels], weight)
+        with pytest.raises(RuntimeError):
+            residual_projection(residual[:, :5], x, weight)
 
 
 @native

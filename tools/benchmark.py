@@ -29,6 +29,7 @@ from detectron2.config import CfgNode
 from sasa_det import env
 from sasa_det.analysis import charts, comparison, memory, report
 from sasa_det.analysis.comparison import Comparison
+from sasa_det.analysis.detector_workloads import model_contestants
 from sasa_det.analysis.peers import PEERS, available_peers
 from sasa_det.analysis.timing import SLOW, SLOW_ROUNDS
 from sasa_det.analysis.workloads import (
@@ -40,7 +41,6 @@ from sasa_det.analysis.workloads import (
     Setting,
     attention_shapes,
     layer_contestants,
-    model_contestants,
     stem_contestants,
 )
 from sasa_det.config import load_config
@@ -69,7 +69,8 @@ HOW = f"""\
   of its own, whose C library gives back at once what is freed; on CUDA what torch's allocator
   handed out. "whole process" is its peak with everything (on CUDA: with model and input). 1 MiB is
   2^20 bytes.
-- Detectors have random weights and find no boxes. A training step is forward, backward and SGD."""
+- Detectors have random weights and find no boxes. A training step is forward, backward and SGD.
+  "compiled" are backbone and head, by torch.compile."""
 
 
 def main() -> None:

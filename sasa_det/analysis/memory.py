@@ -51,7 +51,7 @@ def peak_memory(build: Build, device: str) -> PeakMemory | str:
         return _peak_on_cuda(build)
     # Processes forked from a small one that has imported all: they start at once, and alike.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sasa_det.analysis.workloads"])
+    context.set_forkserver_preload(["sasa_det.analysis.detector_workloads"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_in_process, args=(build, sender))
     process.start()

@@ -1,4 +1,4 @@
-"""What the benchmark runs: layers, stems and whole detectors, by every implementation."""
+"""What the benchmark runs: layers and stems, by every implementation."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from sasa_det.layers import LocalSelfAttention2d
-from sasa_det.modeling import fold_batch_norm
 from sasa_det.ops import available_backends, use_backend
 from sasa_det.ops.backends import choose
 from sasa_det.ops.calls import AttentionCall
@@ -94,7 +91,7 @@ def attention_shapes(config: CfgNode, image_size: int) -> dict[LayerShape, list[
         shapes.setdefault(shape, []).append(name)
 
     # On "meta" shapes are computed and nothing else.
-    model = build_model(_on_cpu(config)).eval().to("meta")
+    model = build_model(on_cpu(config)).eval().to("meta")
     for name, module in model.named_modules():
         if isinstance(module, LocalSelfAttention2d):
             stride = getattr(model.get_submodule(name.rpartition(".")[0]), "stride", 1)
@@ -149,49 +146,6 @@ def stem_contestants(
     ]
 
 
-def model_contestants(
-    configs: dict[str, CfgNode],
-    image_size: int,
-    setting: Setting,
-    training: bool,
-    peers: Iterable[str] = (),
-) -> list[Contestant]:
-    """The detectors of these configs in both memory formats; the last one by others, too.
-
-    These others are our backends that are not the automatic choice, and the peers.
-    """
-
-    def contestant(
-        label: str,
-        config: CfgNode,
-        memory_format: str,
-        peer: str | None = None,
-        backend: str | None = None,
-        folded: bool = False,
-    ) -> Contestant:
-        arguments = (config, image_size, setting, memory_format, training, peer, backend, folded)
-        return Contestant(label, memory_format, partial(build_detector, *arguments), backend)
-
-    contestants = [
-        contestant(name, config, memory_format)
-        for name, config in configs.items()
-        for memory_format in MEMORY_FORMATS
-    ]
-    if not training:
-        contestants += [
-            contestant(f"{name}, norms folded", config, "channels_last", folded=True)
-            for name, config in configs.items()
-        ]
-    name, config = list(configs.items())[-1]
-    _, others = serving_backends(LayerShape(256, 256, 80, 80), setting, "contiguous")
-    for backend in others:
-        label = f"{name} ({backend})"
-        contestants.append(contestant(label, config, "contiguous", backend=backend))
-    for peer in peers:
-        contestants.append(contestant(f"{name}, {peer}", config, "contiguous", peer))
-    return contestants
-
-
 def build_layer(
     implementation: str,
     shape: LayerShape,
@@ -219,53 +173,10 @@ def build_stem(
     config: CfgNode, image_size: int, setting: Setting, memory_format: str, training: bool
 ) -> Steps:
     """The stem of a config's ResNet; the image gets no gradient."""
-    stem = build_model(_on_cpu(config)).backbone.bottom_up.stem
+    stem = build_model(on_cpu(config)).backbone.bottom_up.stem
     images = [torch.randn(setting.batch, 3, size, size) for size in (WARM_UP_IMAGE, image_size)]
     of_outputs = (stem.out_channels, stem.stride)
     return _module_steps(stem, images, *of_outputs, setting, memory_format, training)
-
-
-def build_detector(
-    config: CfgNode,
-    image_size: int,
-    setting: Setting,
-    memory_format: str,
-    training: bool,
-    peer: str | None = None,
-    backend: str | None = None,
-    folded: bool = False,
-) -> Steps:
-    """Inference from images to boxes, or a training step of SGD with momentum."""
-    model = build_model(_on_cpu(config))
-    if peer is not None:
-        _replace_attention(model, peer)
-    if folded:
-        model = fold_batch_norm(model)
-    model.to(device=setting.device, memory_format=MEMORY_FORMATS[memory_format])
-    model.train(training)
-    # What is learned does not matter here, but the weights must stay finite.
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
-    images, small = (
-        [_example(size) for _ in range(setting.batch)] for size in (image_size, WARM_UP_IMAGE)
-    )
-    if peer is not None and PEERS[peer].compiled:
-        small = images
-
-    def run(batch: list[dict], update: bool) -> None:
-        with _backend(backend), _autocast(setting):
-            if not training:
-                with torch.no_grad():
-                    model(batch)
-                return
-            with EventStorage():  # RetinaNet logs into it
-                loss = sum(model(batch).values())
-        with _backend(backend):
-            loss.backward()
-        if update:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Steps(partial(run, small, False), partial(run, images, True))
 
 
 def make_layer(implementation: str, shape: LayerShape) -> nn.Module:
@@ -344,7 +255,7 @@ def _module_steps(
 
 def _run_module(module: nn.Module, backend: str | None, x: Tensor, grad: Tensor | None) -> None:
     """Inference, or a training step where the gradient of the output is given."""
-    with _backend(backend):
+    with backend_for(backend):
         if grad is None:
             with torch.no_grad():
                 module(x)
@@ -353,28 +264,7 @@ def _run_module(module: nn.Module, backend: str | None, x: Tensor, grad: Tensor 
         torch.autograd.grad(module(x), leaves, grad)
 
 
-def _replace_attention(model: nn.Module, peer: str) -> None:
-    for name, module in list(model.named_modules()):
-        if type(module) is LocalSelfAttention2d:
-            layer = PEERS[peer].make(
-                module.in_channels, module.out_channels, module.kernel_size, module.num_heads
-            )
-            model.set_submodule(name, layer)
-
-
-def _example(size: int) -> dict:
-    """An image of noise, (3, size, size), with a few boxes, as detectron2's mapper gives it."""
-    generator = torch.Generator().manual_seed(0)
-    instances = Instances((size, size))
-    corners = torch.rand(8, 2, generator=generator) * size / 2
-    sides = (0.05 + 0.4 * torch.rand(8, 2, generator=generator)) * size
-    instances.gt_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
-    instances.gt_classes = torch.arange(8) % 4
-    image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-    return {"image": image, "instances": instances, "height": size, "width": size}
-
-
-def _on_cpu(config: CfgNode) -> CfgNode:
+def on_cpu(config: CfgNode) -> CfgNode:
     """Built on the CPU, and moved afterwards; random weights must not detect anything."""
     config = config.clone()
     config.defrost()
@@ -389,11 +279,5 @@ def _place(x: Any, setting: Setting, memory_format: str) -> Any:
     return x.to(device=setting.device, dtype=dtype, memory_format=MEMORY_FORMATS[memory_format])
 
 
-def _backend(name: str | None) -> AbstractContextManager:
+def backend_for(name: str | None) -> AbstractContextManager:
     return nullcontext() if name is None else use_backend(name)
-
-
-def _autocast(setting: Setting) -> AbstractContextManager:
-    if setting.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(setting.device, getattr(torch, setting.dtype))

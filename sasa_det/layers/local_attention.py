@@ -17,7 +17,7 @@ from sasa_det.ops import (
 )
 from sasa_det.ops.checks import check_heads, check_kernel_size
 from sasa_det.ops.operator import makes_a_program
-from sasa_det.ops.projected import add_and_scale
+from sasa_det.ops.steps import add_and_scale
 
 from .kept import computed_again
 

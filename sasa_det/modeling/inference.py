@@ -3,7 +3,6 @@
 import copy
 from typing import TypeVar
 
-import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
@@ -27,8 +26,7 @@ def fold_batch_norm(model: Model) -> Model:
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Conv2d) and is_batch_norm(module.norm):
-            with torch.no_grad():
-                weight, bias = fold(module.weight, module.bias, module.norm)
-            module.weight, module.bias = (x.requires_grad_(False) for x in (weight, bias))
+            folded = fold(module.weight, module.bias, module.norm)
+            module.weight, module.bias = (nn.Parameter(x, requires_grad=False) for x in folded)
             module.norm = None
     return model

@@ -8,10 +8,9 @@ from detectron2.layers import BatchNorm2d, FrozenBatchNorm2d, get_norm
 from detectron2.utils.comm import get_world_size
 from fvcore.nn.distributed import differentiable_all_gather, differentiable_all_reduce
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sasa_det.layers.local_attention import has_hooks
-from sasa_det.ops.functional import runs_eagerly
+from sasa_det.ops.functional import is_inference
 
 
 def attention_norm(norm: str, channels: int) -> nn.Module:
@@ -48,13 +47,13 @@ def uses_running_statistics(norm: Any) -> bool:
 def folds(norm: Any, x: Tensor) -> bool:
     """Whether what computes the input of a norm from ``x`` is to scale and shift it instead.
 
-    That is in evaluation on the CPU, in float32, without gradients; and not in a program, which
-    shows the norm.
+    That is in evaluation on the CPU, in float32, without gradients; and not in a trace or an
+    exported program, which shows the norm.
     """
     if not is_batch_norm(norm) or not uses_running_statistics(norm) or has_hooks(norm):
         return False
     fits = x.device.type == "cpu" and x.dtype == norm.running_var.dtype == torch.float32
-    return fits and runs_eagerly(x)
+    return fits and is_inference(x)
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -65,11 +64,10 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias
 
 
-def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the batch norm behind it in them."""
-    return fuse_conv_bn_weights(  # type: ignore[return-value]
-        weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    scale, shift = scale_and_shift(norm)
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
 
 
 def batch_norm_of_maximum(

@@ -34,8 +34,8 @@ class Implementation(Protocol):
         """What the operator's backward returns."""
 
 
-# Fastest first; eager serves every call. Where nothing serves projected_attention, it is a
-# convolution and local_attention; residual_projection is a convolution and a sum.
+# Fastest first; eager serves every call. Where nothing serves projected_attention or
+# residual_projection, steps.py does.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "local_attention": {"triton": triton_attention, "native": native_attention, "eager": eager},
     "projected_attention": {"native": native_projected},

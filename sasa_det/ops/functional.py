@@ -11,7 +11,7 @@ from torch import Tensor
 from . import eager, eager_stem, registration
 from .calls import AttentionCall, StemCall, compute_dtype
 from .checks import check_attention, check_embeddings, check_heads, check_map, check_tensor
-from .operator import autocast_is_on, makes_a_program
+from .operator import autocast_is_on, makes_a_program, shows_steps
 
 
 def local_attention(
@@ -232,9 +232,9 @@ def _stem_call(tensors: tuple[Tensor | None, ...], num_heads: int) -> StemCall:
     return call
 
 
-def runs_eagerly(x: Tensor) -> bool:
-    """Whether what is made of ``x`` needs no gradient, no autocast, and is not to be a program."""
-    return not (torch.is_grad_enabled() or makes_a_program() or autocast_is_on(x.device.type))
+def is_inference(x: Tensor) -> bool:
+    """Whether what is made of ``x`` needs no gradient, no autocast, and nobody to see its steps."""
+    return not (torch.is_grad_enabled() or shows_steps() or autocast_is_on(x.device.type))
 
 
 def cast_for_autocast(first: Any, *others: Tensor | None) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from .checks import check_attention
 from .functional import cast_embeddings, cast_for_autocast
 from .group_norm import served_call
 from .operator import autocast_is_on, needs_dispatcher, once_differentiable, without_autocast
-from .projected import project, projection_gradients
+from .steps import project, projection_gradients
 from .triton import attention, group_norm, refuses_tensor
 
 

@@ -56,6 +56,11 @@ def makes_a_program() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
+def shows_steps() -> bool:
+    """Whether a trace or an exported program is made, for others to read and to run elsewhere."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def autocast_is_on(device_type: str) -> bool:
     """Of a device that has it, which not all have."""
     available = torch.amp.is_autocast_available(device_type)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .backends import find
 from .calls import LARGE_BLOCK, ProjectedCall
-from .checks import check_projection, check_scale_and_shift
+from .checks import check_projection
 from .functional import cast_embeddings, cast_for_autocast, local_attention
-from .operator import makes_a_program, without_autocast
+from .operator import shows_steps
 from .registration import (
     align,
     local_attention_backward_op,
@@ -19,6 +19,7 @@ from .registration import (
     projected_attention_backward_op,
     projected_attention_op,
 )
+from .steps import add_and_scale, project, projection_gradients
 
 
 def projected_attention(
@@ -64,24 +65,25 @@ def projected_attention(
     # Not cast, as a sum under autocast has the wider of two dtypes.
     added = (residual, output_scale, output_shift)
     arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)
-    # A compiler makes its own of a convolution.
-    if makes_a_program() or find("projected_attention", ProjectedCall(*arguments)) is None:
+    if not _is_one_operator(ProjectedCall(*arguments)):
         return add_and_scale(_in_two_steps(tensors, num_heads, kernel_size), *added)
     if not torch.is_grad_enabled():
         return projected_attention_op(*arguments)[0]
-    output = _FusedAttention.apply(*tensors, residual, num_heads, kernel_size)
-    return add_and_scale(output, None, output_scale, output_shift)
+    # torch's compiler takes no tensor twice, and x often is the residual; it adds by itself.
+    within, behind = (None, residual) if torch.compiler.is_compiling() else (residual, None)
+    output = _FusedAttention.apply(*tensors, within, num_heads, kernel_size)
+    return add_and_scale(output, behind, output_scale, output_shift)
 
 
-def add_and_scale(
-    output: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> Tensor:
-    """What becomes of an output (N, C, H, W) where no kernel does it while it writes."""
-    check_scale_and_shift(scale, shift)
-    output = output if residual is None else output + residual
-    if scale is None or shift is None:
-        return output
-    return torch.addcmul(shift[:, None, None], output, scale[:, None, None])
+def _is_one_operator(call: ProjectedCall) -> bool:
+    """Whether the operator computes it, and not a convolution and ``local_attention``."""
+    if shows_steps():
+        return False
+    if torch.compiler.is_compiling():
+        # Nothing that may change later; the operator itself looks for a kernel at each call.
+        on_cpu = call.x.device.type == "cpu"
+        return on_cpu and all(x is None or x.dtype == torch.float32 for x in call[:8])
+    return find("projected_attention", call) is not None
 
 
 def keeps_output(x: Tensor) -> bool:
@@ -93,7 +95,7 @@ def keeps_output(x: Tensor) -> bool:
 def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) -> Tensor:
     """A convolution, and ``local_attention``."""
     # A trace or an exported program is to show the two operators, not what is made of them here.
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if shows_steps():
         x, weight, bias, rel_rows, rel_cols = tensors
         query, key, value = F.conv2d(x, weight, bias).chunk(3, dim=1)
         return local_attention(
@@ -120,14 +122,6 @@ def _unfused_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
     return local_attention_op(*project(x, weight, bias).chunk(3, dim=1), *arguments)
-
-
-@without_autocast
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries, keys and values in one map."""
-    if x.is_cuda:  # as the kernels want them; it costs less to copy x than the three
-        x = x.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, bias)
 
 
 def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
@@ -183,19 +177,14 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         logsumexp, *tensors = ctx.saved_tensors
         arguments: tuple[Any, ...] = (*tensors, None, None, None, ctx.num_heads, ctx.kernel_size)
+        of_input, of_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        grads = projected_attention_backward_op(
+            grad_output, logsumexp, of_input, of_weight, *arguments
+        )
+        asked_for = (of_input, of_weight, of_weight, True, True)
+        tensors = [t if asked else None for t, asked in zip(tensors, asked_for)]
         grad_residual = grad_output if ctx.needs_input_grad[5] else None
-        if find("projected_attention", ProjectedCall(*arguments)) is not None:
-            of_input, of_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-            grads = projected_attention_backward_op(
-                grad_output, logsumexp, of_input, of_weight, *arguments
-            )
-            asked_for = (of_input, of_weight, of_weight, True, True)
-            tensors = [t if asked else None for t, asked in zip(tensors, asked_for)]
-            return *align(grads, tensors), grad_residual, None, None
-        # The backend or the number of threads was changed since the forward.
-        options = (ctx.num_heads, ctx.kernel_size, ctx.needs_input_grad[:3])
-        grads = _unfused_backward(grad_output, logsumexp, None, tuple(tensors), *options)
-        return *grads, grad_residual, None, None
+        return *align(grads, tensors), grad_residual, None, None
 
 
 def _unfused_backward(
@@ -215,22 +204,3 @@ def _unfused_backward(
     )
     projection_grads = projection_gradients(grad_maps, x, weight, needed)
     return *projection_grads, *(grads or (None, None))
-
-
-def projection_gradients(
-    grad_maps: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, weight and bias, as far as they are needed."""
-    return torch.ops.aten.convolution_backward(
-        grad_maps,
-        x,
-        weight,
-        weight.shape[:1],  # of the bias
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=1,
-        output_mask=needed,
-    )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import flops
-from .backends import choose
+from . import flops, steps
+from .backends import choose, find
 from .calls import (
     AttentionCall,
     ProjectedCall,
@@ -23,6 +23,7 @@ from .calls import (
     empty_gradient,
     empty_map,
     empty_pooled,
+    memory_format,
 )
 from .checks import check_attention, check_projected_attention
 from .operator import operator
@@ -72,7 +73,9 @@ def projected_attention_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As ``local_attention``; differentiated by :func:`sasa_det.ops.projected_attention`."""
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
-    return choose("projected_attention", call).forward(call)
+    implementation = find("projected_attention", call)
+    forward = steps.projected_attention if implementation is None else implementation.forward
+    return forward(call)
 
 
 @operator(
@@ -90,16 +93,22 @@ def projected_attention_backward_op(
     without those of tensors that are None. Residual, scale and shift are not looked at."""
     call = ProjectedCall(*arguments)
     check_projected_attention(call)
-    implementation = choose("projected_attention", call)
-    asked_for = (input_gradient, weight_gradient)
-    return implementation.backward(call, grad_output, logsumexp, *asked_for)
+    implementation = find("projected_attention", call)
+    options = (grad_output, logsumexp, input_gradient, weight_gradient)
+    if implementation is None:
+        return steps.projected_attention_backward(call, *options)
+    return implementation.backward(call, *options)
 
 
 @operator("residual_projection(Tensor residual, Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def residual_projection_op(*arguments: Any) -> Tensor:
     """Without a gradient; see :func:`sasa_det.ops.residual_projection`."""
     call = ResidualCall(*arguments)
-    return choose("residual_projection", call).forward(call)
+    implementation = find("residual_projection", call)
+    if implementation is not None:
+        return implementation.forward(call)
+    out = steps.residual_projection(call)
+    return out.contiguous(memory_format=memory_format(call.residual))
 
 
 @operator(f"stem_attention({_STEM}) -> Tensor")
@@ -169,7 +178,7 @@ def _(grad_output, logsumexp, input_gradient, weight_gradient, *arguments):
 
 @residual_projection_op.register_fake
 def _(residual, x, weight, bias):
-    return torch.empty_like(residual)
+    return empty_map(residual, residual.shape[1])
 
 
 @stem_attention_op.register_fake
