@@ -58,21 +58,17 @@ def launch(main: Callable, args: argparse.Namespace, *, device: str) -> None:
 
 
 def _in_process(main: Callable, args: argparse.Namespace) -> None:
-    """Runs ``main(args)``; afterwards, no thread of a process group is left to abort the process.
-
-    Where it fails, the process ends at once: the others may wait for it, and it not for them.
-    """
-    status = 0
+    """Runs ``main(args)``, and leaves no thread of a process group that could abort the process."""
+    status = None
     try:
         main(args)
     except SystemExit as error:
-        if error.code != TERMINATED:  # on which all have agreed
-            raise
-        status = TERMINATED
+        status = error.code
     # Not within "except", where the error holds main's frames, these the model, and it a group.
-    if dist.is_initialized():
+    together = status in (None, TERMINATED)  # else NCCL may wait for others, who do not come
+    if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         destroy_process_groups()
-    if status:
+    if status is not None:
         sys.exit(status)
 
 

@@ -126,7 +126,7 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         return local_attention(*maps, rows, cols, **options)
 
     # The bytes of a group's queries, keys and values; x has as many numbers as each of them.
-    monkeypatch.setattr("sasa_det.ops.projected.LARGE_BLOCK", 3 * 4 * x.numel() // groups)
+    monkeypatch.setattr("sasa_det.ops.steps.LARGE_BLOCK", 3 * 4 * x.numel() // groups)
     output = projected_attention(x, inputs[1], rows, cols, bias=bias, **options)
     expected = separately(*inputs)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
@@ -135,6 +135,39 @@ def test_projecting_anew_changes_no_gradient(relative, biased, groups, backend, 
         torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     ):
         assert (actual - wanted).norm() <= BOUNDS[torch.float32] * wanted.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_where_no_kernel_projects_the_operator_goes_by_steps(layout, biased, groups, monkeypatch):
+    (x, *_, rows, cols), options = make_inputs((2, 8, 9, 14, 4, 5), torch.float32)
+    x = x.contiguous(memory_format=layout)
+    weight = (torch.randn(24, 8, 1, 1) * 8**-0.5).to(memory_format=torch.channels_last)
+    bias, residual = torch.randn(24) if biased else None, torch.randn(x.shape)
+    leaves = [x, weight, bias, rows, cols]
+    doubles = [None if t is None else t.double().requires_grad_() for t in leaves]
+    wanted = projected_attention(
+        *doubles[:2], *doubles[3:], bias=doubles[2], residual=residual.double(), **options
+    )
+    grad = torch.randn(x.shape)
+    needed = [t for t in doubles if t is not None]
+    wanted_grads = torch.autograd.grad(wanted, needed, grad.double())
+
+    monkeypatch.setattr("sasa_det.ops.steps.LARGE_BLOCK", 3 * 4 * x.numel() // groups)
+    operators = torch.ops.sasa_det
+    arguments = (*leaves, residual, None, None, *options.values())
+    with torch.no_grad(), use_backend("eager"):
+        output, logsumexp = operators.projected_attention(*arguments)
+        backward = (grad, logsumexp, True, True, *arguments)
+        results = output, *operators.projected_attention_backward(*backward)
+        torch.library.opcheck(operators.projected_attention.default, arguments)
+        torch.library.opcheck(operators.projected_attention_backward.default, backward)
+        half = [t.bfloat16() if isinstance(t, torch.Tensor) else t for t in arguments]
+        torch.library.opcheck(operators.projected_attention.default, half)
+    assert all(t.is_contiguous(memory_format=layout) for t in results[:2])
+    for actual, w in zip(results, (wanted, *wanted_grads), strict=True):
+        assert (actual - w).norm() <= BOUNDS[torch.float32] * w.norm()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

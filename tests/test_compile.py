@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sasa_det.layers import LocalSelfAttention2d
-from sasa_det.ops import available_backends, use_backend
+from sasa_det.ops import available_backends, residual_projection, use_backend
 
 # Inductor holds the fake implementations to their strides, but needs a compiler.
 COMPILER = "inductor" if shutil.which("c++") else "aot_eager"
@@ -116,17 +116,34 @@ def test_a_compiled_layer_has_the_strides_and_the_numbers_of_one_that_is_not(tra
             torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_residual_that_is_broadcast_or_wider_compiles_as_well():
+    layer, x = LocalSelfAttention2d(8, 8, kernel_size=3, num_heads=2), torch.randn(1, 8, 5, 6)
+    weight = torch.randn(8, 8, 1, 1)
+    calls = (
+        lambda residual: layer.add_to(residual, x),
+        lambda residual: residual_projection(residual, x, weight),
+    )
+    for call in calls:
+        compiled = torch.compile(call, fullgraph=True, backend=COMPILER)
+        for residual in (torch.randn(1, 8, 1, 1), torch.randn(1, 8, 5, 6).double()):
+            wanted, actual = call(residual), compiled(residual)
+            assert actual.dtype == wanted.dtype
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_compiled_layer_takes_other_sizes_and_threads_than_the_first(monkeypatch):
     """With eight threads a low map is no longer projected row by row."""
     layer = LocalSelfAttention2d(16, 16, kernel_size=7, num_heads=8)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(torch.randn(1, 16, 24, 25, requires_grad=True))
     for threads in (1, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for height, width in ((9, 14), (20, 20), (41, 5), (60, 3)):
             x = torch.randn(1, 16, height, width, requires_grad=True)
-            wanted, actual = layer(x), compiled(x)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                actual = compiled(x)
+            wanted = layer(x)
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
             (wanted,), (actual,) = (torch.autograd.grad(y.sum(), x) for y in (wanted, actual))
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                compiled(x)

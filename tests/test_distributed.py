@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
 
-from sasa_det.distributed import check_launch
+from sasa_det.compat import create_local_process_group
+from sasa_det.distributed import TERMINATED, _in_process, check_launch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -90,8 +93,26 @@ def test_torchrun_tells_detectron2_which_processes_share_a_machine(two):
 def test_no_thread_of_a_process_group_is_left_that_could_abort_a_process_as_it_ends(two, folder):
     for rank in range(2):
         threads = (folder / f"threads_{rank}.txt").read_text().splitlines()
-        assert "python" in threads
+        assert threads
         assert not [name for name in threads if "gloo" in name]
+
+
+@pytest.mark.parametrize("status", [None, TERMINATED, "error: there is no such image."])
+def test_whatever_a_process_says_as_it_leaves_its_groups_are_gone(status):
+    def main(args):
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model(torch.ones(1, 2)).sum().backward()
+        if status is not None:
+            sys.exit(status)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    create_local_process_group(1)
+    with nullcontext() if status is None else pytest.raises(SystemExit) as left:
+        _in_process(main, Namespace())
+    assert status is None or left.value.code == status
+    assert not dist.is_initialized()
+    threads = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name]
 
 
 @pytest.mark.parametrize("training", ["synchronised", "in parts"])

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 # isort: split
 from conftest import CONFIGS, ROOT
+from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
 from detectron2.structures import Boxes, Instances
@@ -225,6 +226,13 @@ def test_folding_batch_norm_changes_no_prediction(config):
         features, wanted = folded.backbone(images), model.backbone(images)
     for name, feature in features.items():
         assert (feature - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
+
+
+def test_folding_keeps_the_dtype_of_the_weights():
+    convolution = Conv2d(3, 4, 1, bias=False, norm=get_norm("BN", 4))
+    convolution.weight.data = convolution.weight.data.bfloat16()
+    folded = fold_batch_norm(convolution)
+    assert folded.weight.dtype == folded.bias.dtype == torch.bfloat16
 
 
 def draw_norms(block):

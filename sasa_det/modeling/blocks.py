@@ -170,8 +170,10 @@ class PointwiseConv2d(Conv2d):
         """Weight and bias with the norm in them, where that is quicker than the norm."""
         if self.norm is None:  # nothing to fold, or fold_batch_norm has been there
             return self.weight, self.bias
+        if not folds(self.norm, x):
+            return None
         positions = x.shape[0] * x.shape[2] * x.shape[3] // math.prod(self.stride)
-        if self.in_channels >= positions or not folds(self.norm, x):
+        if self.in_channels >= positions:
             return None
         return fold(self.weight, self.bias, self.norm)
 

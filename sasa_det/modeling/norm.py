@@ -65,9 +65,10 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the batch norm behind it in them."""
+    """Weight and bias of a convolution with the batch norm behind it in them, in its dtype."""
     scale, shift = scale_and_shift(norm)
-    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+    shift = shift if bias is None else shift + bias * scale
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
 def batch_norm_of_maximum(

@@ -1,6 +1,6 @@
 """The projections of an attention layer and its attention, with little kept for the backward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import find
-from .calls import LARGE_BLOCK, ProjectedCall
+from .calls import ProjectedCall
 from .checks import check_projection
 from .functional import cast_embeddings, cast_for_autocast, local_attention
-from .operator import shows_steps
+from .operator import on_cpu_in_float32, shows_steps
 from .registration import (
     align,
     local_attention_backward_op,
@@ -19,7 +19,13 @@ from .registration import (
     projected_attention_backward_op,
     projected_attention_op,
 )
-from .steps import add_and_scale, project, projection_gradients
+from .steps import (
+    add_and_scale,
+    groups_of_heads,
+    project,
+    projection_gradients,
+    split_heads,
+)
 
 
 def projected_attention(
@@ -81,8 +87,10 @@ def _is_one_operator(call: ProjectedCall) -> bool:
         return False
     if torch.compiler.is_compiling():
         # Nothing that may change later; the operator itself looks for a kernel at each call.
-        on_cpu = call.x.device.type == "cpu"
-        return on_cpu and all(x is None or x.dtype == torch.float32 for x in call[:8])
+        n, _, height, width = call.x.shape
+        shape = (n, call.weight.shape[0] // 3, height, width)
+        fits = call.residual is None or call.residual.shape == shape
+        return fits and on_cpu_in_float32(*call[:8])
     return find("projected_attention", call) is not None
 
 
@@ -101,12 +109,11 @@ def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) ->
         return local_attention(
             query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
         )
-    groups = _groups(tensors[0], tensors[1], num_heads)
+    groups = groups_of_heads(tensors[0], tensors[1], num_heads)
     if groups == 1:
         return _unfused(*tensors, num_heads, kernel_size)
     outputs = [
-        _unfused(*group, num_heads // groups, kernel_size)
-        for group in _split_heads(tensors, groups)
+        _unfused(*group, num_heads // groups, kernel_size) for group in split_heads(tensors, groups)
     ]
     return torch.cat(outputs, dim=1)
 
@@ -122,27 +129,6 @@ def _unfused_forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the arguments are the embeddings, num_heads and kernel_size."""
     return local_attention_op(*project(x, weight, bias).chunk(3, dim=1), *arguments)
-
-
-def _split_heads(tensors: tuple[Any, ...], groups: int) -> Iterator[tuple[Any, ...]]:
-    """x, weight, bias and the two embeddings of each group of heads."""
-    x, weight, bias, *embeddings = tensors
-    rows = torch.arange(weight.shape[0], device=weight.device).view(3, groups, -1)
-    for group in range(groups):
-        of_group = rows[:, group].flatten()
-        group_bias = None if bias is None else bias[of_group]
-        group_embeddings = (None if e is None else e.chunk(groups)[group] for e in embeddings)
-        yield x, weight[of_group], group_bias, *group_embeddings
-
-
-def _groups(x: Tensor, weight: Tensor, num_heads: int) -> int:
-    """How many groups of heads are computed one after another, for the sake of memory."""
-    channels = weight.shape[0]
-    if x.device.type != "cpu" or channels % (3 * max(num_heads, 1)):
-        return 1
-    size = x.shape[0] * channels * x.shape[2] * x.shape[3] * x.element_size()
-    divisors = [groups for groups in range(1, num_heads + 1) if num_heads % groups == 0]
-    return next((g for g in divisors if size <= g * LARGE_BLOCK), num_heads)
 
 
 class _ProjectedAttention(torch.autograd.Function):

@@ -3,7 +3,8 @@
 Autograd, ``torch.compile``, ``torch.export`` and FLOP counters see one node a call,
 ``sasa_det::local_attention``, ``::stem_attention`` or ``::stem_attention_pooled``, whatever backend
 computes it. Where a backend projects queries, keys and values as well, ``::projected_attention``
-stands for the convolution and ``::local_attention``.
+stands for the convolution and ``::local_attention``; so it does in float32 on the CPU where it is
+compiled, and finds out at each call.
 """
 
 from typing import Any
@@ -165,7 +166,8 @@ def _(*arguments):
     call = ProjectedCall(*arguments)
     n, _, height, width = call.x.shape
     output = empty_map(call.x, call.weight.shape[0] // 3)
-    return output, output.new_empty(n, call.num_heads, height, width)
+    dtype = compute_dtype(output.dtype)
+    return output, output.new_empty(n, call.num_heads, height, width, dtype=dtype)
 
 
 @projected_attention_backward_op.register_fake
