@@ -151,6 +151,11 @@ def main(args: argparse.Namespace) -> None:
         torch.save(results, folder / "results.pt")
 
 
+def names_of_threads() -> list[str]:
+    """Of this process; those of Gloo say so."""
+    return [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+
+
 def register_pictures(folder: Path) -> None:
     """Six wide and six high pictures without annotations, written by the test."""
     from detectron2.data import DatasetCatalog
@@ -173,5 +178,5 @@ def register_pictures(folder: Path) -> None:
 if __name__ == "__main__":
     arguments = argparse.Namespace(num_gpus=1, folder=Path(sys.argv[1]))
     launch(main, arguments, device="cpu")
-    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-    (arguments.folder / f"threads_{os.environ['RANK']}.txt").write_text("\n".join(threads))
+    threads = arguments.folder / f"threads_{os.environ['RANK']}.txt"
+    threads.write_text("\n".join(names_of_threads()))

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 from test_deployment import TWO_LEVELS, small
-from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sasa_det.analysis.flops import _DetectorNetwork
 from sasa_det.layers import LocalSelfAttention2d
 from sasa_det.ops import available_backends, residual_projection, use_backend
 
@@ -49,9 +49,10 @@ def counting(counts):
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
 
 
-def run(model, training, *images):
+def run(model, training, images):
     with torch.set_grad_enabled(training):
-        outputs = model(*images)
+        logits, deltas = model(images)
+        outputs = [*logits, *deltas]
     if training:
         parameters = [p for p in model.parameters() if p.requires_grad]
         total = sum(x.square().sum() for x in outputs)
@@ -59,24 +60,13 @@ def run(model, training, *images):
     return [x for x in outputs if x is not None]
 
 
-class Network(nn.Module):
-    def __init__(self, detector):
-        super().__init__()
-        self.backbone, self.head = detector.backbone, detector.head
-        self.names = detector.head_in_features
-
-    def forward(self, images):
-        features = self.backbone(images)
-        logits, deltas = self.head([features[name] for name in self.names])
-        return [*logits, *deltas]
-
-
 @native
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_a_compiled_detector_calls_the_operators_of_one_that_is_not(training):
     torch.manual_seed(0)
     detector = small("retinanet_full_attn", *TWO_LEVELS).train(training)
-    network, compiled_network = Network(detector), Network(copy.deepcopy(detector))
+    network = _DetectorNetwork(detector)
+    compiled_network = copy.deepcopy(network)
     images = torch.randn(1, 3, 64, 96).to(memory_format=torch.channels_last)
     with Called() as called:
         wanted = run(network, training, images)

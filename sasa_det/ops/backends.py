@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+import torch
+from torch import Tensor
+
 from . import eager, eager_pooled_stem, eager_stem, native, triton
 from .calls import AttentionCall, ProjectedCall, ResidualCall, StemCall
 from .native import attention as native_attention
 from .native import projected as native_projected
 from .native import residual as native_residual
 from .native import stem as native_stem
+from .operator import shows_steps
 from .triton import attention as triton_attention
 from .triton import stem as triton_stem
 
@@ -94,6 +98,21 @@ def find(operator: str, call: Call) -> Implementation | None:
         if allows(name) and implementation.refuses(call) is None:
             return implementation
     return None
+
+
+def is_one_operator(operator: str, call: ProjectedCall | ResidualCall) -> bool:
+    """Whether the operator is to compute this call, and not its steps one after another."""
+    if shows_steps():
+        return False
+    if torch.compiler.is_compiling():
+        # Nothing that may change later; the operator itself looks for a kernel at each call.
+        fits = call.residual is None or call.residual.shape == call.output_shape()
+        return fits and all(_is_on_cpu_in_float32(x) for x in call if isinstance(x, Tensor))
+    return find(operator, call) is not None
+
+
+def _is_on_cpu_in_float32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def allows(name: str) -> bool:

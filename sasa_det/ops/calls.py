@@ -49,6 +49,9 @@ class ProjectedCall(NamedTuple):
     num_heads: int
     kernel_size: int
 
+    def output_shape(self) -> torch.Size:
+        return _projected_shape(self.x, self.weight.shape[0] // 3)
+
 
 class ResidualCall(NamedTuple):
     """The arguments of :func:`sasa_det.ops.residual_projection`."""
@@ -57,6 +60,9 @@ class ResidualCall(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+
+    def output_shape(self) -> torch.Size:
+        return _projected_shape(self.x, self.weight.shape[0])
 
 
 class GroupNormCall(NamedTuple):
@@ -86,6 +92,11 @@ class StemCall(NamedTuple):
     rel_rows: Tensor | None
     rel_cols: Tensor | None
     num_heads: int
+
+
+def _projected_shape(x: Tensor, channels: int) -> torch.Size:
+    n, _, height, width = x.shape
+    return torch.Size((n, channels, height, width))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -61,10 +61,6 @@ def shows_steps() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def on_cpu_in_float32(*tensors: Tensor | None) -> bool:
-    return all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
-
-
 def autocast_is_on(device_type: str) -> bool:
     """Of a device that has it, which not all have."""
     available = torch.amp.is_autocast_available(device_type)

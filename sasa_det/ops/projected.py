@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import find
+from .backends import is_one_operator
 from .calls import ProjectedCall
 from .checks import check_projection
 from .functional import cast_embeddings, cast_for_autocast, local_attention
-from .operator import on_cpu_in_float32, shows_steps
+from .operator import shows_steps
 from .registration import (
     align,
     local_attention_backward_op,
@@ -21,6 +21,7 @@ from .registration import (
 )
 from .steps import (
     add_and_scale,
+    concatenated,
     groups_of_heads,
     project,
     projection_gradients,
@@ -71,7 +72,7 @@ def projected_attention(
     # Not cast, as a sum under autocast has the wider of two dtypes.
     added = (residual, output_scale, output_shift)
     arguments: tuple[Any, ...] = (*tensors, *added, num_heads, kernel_size)
-    if not _is_one_operator(ProjectedCall(*arguments)):
+    if not is_one_operator("projected_attention", ProjectedCall(*arguments)):
         return add_and_scale(_in_two_steps(tensors, num_heads, kernel_size), *added)
     if not torch.is_grad_enabled():
         return projected_attention_op(*arguments)[0]
@@ -79,19 +80,6 @@ def projected_attention(
     within, behind = (None, residual) if torch.compiler.is_compiling() else (residual, None)
     output = _FusedAttention.apply(*tensors, within, num_heads, kernel_size)
     return add_and_scale(output, behind, output_scale, output_shift)
-
-
-def _is_one_operator(call: ProjectedCall) -> bool:
-    """Whether the operator computes it, and not a convolution and ``local_attention``."""
-    if shows_steps():
-        return False
-    if torch.compiler.is_compiling():
-        # Nothing that may change later; the operator itself looks for a kernel at each call.
-        n, _, height, width = call.x.shape
-        shape = (n, call.weight.shape[0] // 3, height, width)
-        fits = call.residual is None or call.residual.shape == shape
-        return fits and on_cpu_in_float32(*call[:8])
-    return find("projected_attention", call) is not None
 
 
 def keeps_output(x: Tensor) -> bool:
@@ -110,12 +98,10 @@ def _in_two_steps(tensors: tuple[Any, ...], num_heads: int, kernel_size: int) ->
             query, key, value, rel_rows, rel_cols, num_heads=num_heads, kernel_size=kernel_size
         )
     groups = groups_of_heads(tensors[0], tensors[1], num_heads)
-    if groups == 1:
-        return _unfused(*tensors, num_heads, kernel_size)
     outputs = [
         _unfused(*group, num_heads // groups, kernel_size) for group in split_heads(tensors, groups)
     ]
-    return torch.cat(outputs, dim=1)
+    return concatenated(outputs, dim=1)
 
 
 def _unfused(*arguments: Any) -> Tensor:

@@ -1,13 +1,11 @@
 """How a bottleneck ends: a projection, a residual and ReLU."""
 
-import torch
 from torch import Tensor
 
 from . import steps
-from .backends import find
+from .backends import is_one_operator
 from .calls import ResidualCall
 from .functional import is_inference
-from .operator import on_cpu_in_float32
 from .registration import residual_projection_op
 
 
@@ -28,14 +26,6 @@ def residual_projection(
         Tensor[N, C, H, W].
     """
     call = ResidualCall(residual, x, weight, bias)
-    if is_inference(x) and _is_one_operator(call):
+    if is_inference(x) and is_one_operator("residual_projection", call):
         return residual_projection_op(*call)
     return steps.residual_projection(call)
-
-
-def _is_one_operator(call: ResidualCall) -> bool:
-    if torch.compiler.is_compiling():  # as in projected.py
-        n, _, height, width = call.x.shape
-        fits = call.residual.shape == (n, call.weight.shape[0], height, width)
-        return fits and on_cpu_in_float32(*call)
-    return find("residual_projection", call) is not None

@@ -19,7 +19,7 @@ def projected_attention(call: ProjectedCall) -> tuple[Tensor, Tensor]:
     for part in _parts(call):
         attention = _attention(part)
         results.append(choose("local_attention", attention).forward(attention))
-    output, logsumexp = (_concatenated(maps, dim=1) for maps in zip(*results))
+    output, logsumexp = (concatenated(maps, dim=1) for maps in zip(*results))
     output = add_and_scale(output, call.residual, call.output_scale, call.output_shift)
     return output.contiguous(memory_format=memory_format(call.x)), logsumexp
 
@@ -50,8 +50,8 @@ def projected_attention_backward(
     for of_rows in (of_weight, of_bias):
         if of_rows[0] is not None:
             by_map = [x.unflatten(0, (3, -1)) for x in of_rows]
-            grads.append(_concatenated(by_map, dim=1).flatten(0, 1).contiguous())
-    return [*grads, *(_concatenated(x, dim=0) for x in of_embeddings)]
+            grads.append(concatenated(by_map, dim=1).flatten(0, 1).contiguous())
+    return [*grads, *(concatenated(x, dim=0) for x in of_embeddings)]
 
 
 def _parts(call: ProjectedCall) -> list[ProjectedCall]:
@@ -67,7 +67,7 @@ def _attention(call: ProjectedCall) -> AttentionCall:
     return AttentionCall(query, key, value, *embeddings, call.num_heads, call.kernel_size)
 
 
-def _concatenated(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+def concatenated(parts: Sequence[Tensor], *, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 

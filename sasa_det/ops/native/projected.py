@@ -18,7 +18,7 @@ def refuses(call: ProjectedCall) -> str | None:
             return "it projects in float32, on one device"
     fits = bias is None or bias.shape == weight.shape[:1]
     if call.residual is not None:
-        fits = fits and call.residual.shape == _output_shape(call)
+        fits = fits and call.residual.shape == call.output_shape()
     if not fits or call.kernel_size < 1:
         return "the shapes of the tensors do not fit together, or not with heads and window"
     bands = number_of_bands(x.shape[0] * call.num_heads, x.shape[2], call.kernel_size)
@@ -75,16 +75,11 @@ def backward(
     return [*grads, *(part.sum(dim=0) for part in parts), *embeddings]
 
 
-def _output_shape(call: ProjectedCall) -> torch.Size:
-    n, _, height, width = call.x.shape
-    return torch.Size((n, call.weight.shape[0] // 3, height, width))
-
-
 def _arguments(
     call: ProjectedCall, logsumexp: Tensor
 ) -> tuple[library.AttentionArguments, list[Tensor | None]]:
     """What the library is called with, and what it points to."""
-    arguments, kept = attention_arguments(call, _output_shape(call), logsumexp)
+    arguments, kept = attention_arguments(call, call.output_shape(), logsumexp)
     # It reads the channels of a position one after another, and rows without a gap.
     x = call.x
     if x.stride(1) != 1 or x.stride(2) != x.shape[3] * x.stride(3):
