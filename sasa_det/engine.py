@@ -27,7 +27,7 @@ from sasa_det.data import (
     build_train_mapper,
     garbage_collection_off,
 )
-from sasa_det.data.workers import living_as_long_as_the_training
+from sasa_det.data.workers import TrainingDataLoader
 from sasa_det.distributed import broadcast_buffers
 from sasa_det.divergence import DivergedError
 from sasa_det.evaluation import RESULTS_FILE, build_evaluator, write_results, write_results_of
@@ -88,8 +88,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         loader = build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
-        loader.worker_init_fn = living_as_long_as_the_training()
-        return loader
+        return TrainingDataLoader.like(loader)
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)

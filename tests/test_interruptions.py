@@ -207,22 +207,51 @@ def test_killed_at_fifty_random_moments_it_comes_to_the_same_weights(uninterrupt
     print(counts)
 
 
-KILLED = """
+LOADING = """
 import multiprocessing, os, signal, sys
 
 import sasa_det
 from sasa_det.config import load_config
 from sasa_det.data import TrainLoader, build_train_mapper
 
-if __name__ == "__main__":
+
+def load():
     multiprocessing.set_start_method(sys.argv[1], force=True)
     options = ["DATASETS.TRAIN", "('sasa_digits_val',)", "DATALOADER.NUM_WORKERS", "2"]
     cfg = load_config("configs/demo.yaml", options)
     batches = iter(TrainLoader(cfg, build_train_mapper(cfg)))
     next(batches)
+    return batches
+"""
+KILLED = """
+if __name__ == "__main__":
+    batches = load()
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+TOLD_AT_ONCE = """
+def tell():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+os.register_at_fork(after_in_child=tell)
+if __name__ == "__main__":
+    batches = load()
+    assert len(multiprocessing.active_children()) == 2
+    next(batches)
+else:  # where another program starts, a worker or a fork server
+    tell()
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_what_loads_the_images_is_there_when_told_to_end_as_soon_as_it_starts(
+    start_method, tmp_path
+):
+    program = tmp_path / "program.py"
+    program.write_text(LOADING + TOLD_AT_ONCE)
+    run = run_tool(program, start_method)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def runs(pid):
@@ -236,7 +265,7 @@ def runs(pid):
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_what_loads_the_images_ends_with_a_training_that_is_killed(start_method, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(KILLED)
+    program.write_text(LOADING + KILLED)
     run = run_tool(program, start_method)
     assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
     workers = [int(pid) for pid in run.stdout.split()]

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode, v2
 
-from .workers import UnusableImageError, living_as_long_as_the_training
+from .workers import TrainingDataLoader, UnusableImageError
 
 FORMATS = ("folder", "cifar10")
 _CIFAR10_SIZE = 32
@@ -172,21 +172,19 @@ def _seeds(number: int, *entropy: int) -> list[int]:
 
 def train_loader(images: Dataset, batches: TrainingBatches, num_workers: int) -> DataLoader:
     """Batches (uint8 images (N, 3, H, W), labels (N,)) for one process."""
-    return DataLoader(
+    return TrainingDataLoader(
         images,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=living_as_long_as_the_training(),
     )
 
 
 def val_loader(images: Dataset, batch_size: int, num_workers: int) -> DataLoader:
     """Each image once, shared out to the processes; ``batch_size`` is of one process."""
-    return DataLoader(
+    return TrainingDataLoader(
         images,
         batch_size,
         sampler=InferenceSampler(len(cast(Sized, images))),
         num_workers=num_workers,
-        worker_init_fn=living_as_long_as_the_training(),
     )

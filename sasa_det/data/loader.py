@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from .workers import living_as_long_as_the_training
+from .workers import TrainingDataLoader
 
 
 class TrainLoader:
@@ -49,12 +49,11 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator: it begins with the first step, when it is known which one that is.
-        batches = DataLoader(
+        batches = TrainingDataLoader(
             SeededImages(self.mapped),
             batch_sampler=TrainingBatches(self),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=living_as_long_as_the_training(),
         )
         for step, batch in enumerate(batches, self.start):
             _seed((self.seed, step, comm.get_rank()))

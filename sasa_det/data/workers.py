@@ -6,9 +6,10 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 
 class UnusableImageError(ValueError):
@@ -28,12 +29,34 @@ class UnusableImageError(ValueError):
         return last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
 
 
-def living_as_long_as_the_training() -> Callable[[int], None]:
-    """The ``worker_init_fn`` of a DataLoader in a training that saves after SIGTERM."""
-    is_ending = multiprocessing.Event()
-    # Before the workers are told to end, which the module does when its process exits.
-    multiprocessing.util.Finalize(None, is_ending.set, exitpriority=100)
-    return functools.partial(_live_as_long_as_the_training, is_ending)
+class TrainingDataLoader(DataLoader):
+    """A DataLoader in a training that saves after SIGTERM: its processes are there until then."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        is_ending = multiprocessing.Event()
+        # Before the workers are told to end, which the module does when its process exits.
+        multiprocessing.util.Finalize(None, is_ending.set, exitpriority=100)
+        self.worker_init_fn = functools.partial(_live_as_long_as_the_training, is_ending)
+
+    @classmethod
+    def like(cls, loader: DataLoader) -> "TrainingDataLoader":
+        """With the batches of one that detectron2 has built."""
+        return cls(
+            loader.dataset,
+            batch_sampler=loader.batch_sampler,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        )
+
+    def __iter__(self) -> Any:
+        # Workers, and a fork server, start with the signals blocked that are blocked here: until
+        # they ignore SIGTERM, it waits. The training is told by another thread, or afterwards.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _live_as_long_as_the_training(is_ending: Event, worker: int) -> None:
@@ -48,6 +71,7 @@ def _live_as_long_as_the_training(is_ending: Event, worker: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, leave_if_ending)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(
         target=_leave_after, args=[multiprocessing.parent_process()], daemon=True
     ).start()
