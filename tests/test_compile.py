@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition
 from test_deployment import TWO_LEVELS, small
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sasa_det.analysis.flops import _DetectorNetwork
-from sasa_det.layers import LocalSelfAttention2d
+from sasa_det.layers import LocalSelfAttention2d, PreActivationSelfAttention2d
 from sasa_det.ops import available_backends, residual_projection, use_backend
 
 # Inductor holds the fake implementations to their strides, but needs a compiler.
@@ -104,6 +106,32 @@ def test_a_compiled_layer_has_the_strides_and_the_numbers_of_one_that_is_not(tra
                 results = [torch.autograd.grad(y.square().sum(), leaves) for (y,) in results]
         for w, a in zip(*results, strict=True):
             torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_layer_of_a_head_keeps_its_input_and_no_normalised_map():
+    layer = PreActivationSelfAttention2d(LocalSelfAttention2d(32, 32), nn.GroupNorm(8, 32))
+    x = torch.randn(1, 32, 20, 30, requires_grad=True)
+    kept = []
+
+    def compiler(graph, inputs):
+        (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        kept.append([y.name for y in outputs if y.meta["val"].shape == x.shape])
+        return graph
+
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=lambda graph, inputs: graph,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    actual = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert len(kept) == 1
+    assert len(kept[0]) == 2  # the output, and the input
+    wanted = layer(x)
+    grads = [
+        torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in (actual, wanted)
+    ]
+    for a, w in zip((actual, *grads[0]), (wanted, *grads[1]), strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 
 from sasa_det.ops import (
     NormedLayer,
@@ -16,7 +17,7 @@ from sasa_det.ops import (
     projected_attention,
 )
 from sasa_det.ops.checks import check_heads, check_kernel_size
-from sasa_det.ops.operator import makes_a_program
+from sasa_det.ops.operator import makes_a_program, shows_steps
 from sasa_det.ops.steps import add_and_scale
 
 from .kept import computed_again
@@ -162,11 +163,14 @@ class PreActivationSelfAttention2d(nn.Module):
         fused = None if parts is None else normed_attention(x, [parts])
         if fused is not None:
             return fused
+        # A group norm costs less to compute again than its output takes memory until then.
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not shows_steps():
+            normed = checkpoint(norm_relu, norm, x, use_reentrant=False, preserve_rng_state=False)
+            return add_attention(x, self.attention, normed)
         normed = norm(x)
         if not normed.requires_grad or makes_a_program():
             return add_attention(x, self.attention, F.relu_(normed))
-        # A group norm costs less to compute again than its output takes memory until then. The norm
-        # keeps x, but the module may have other weights by then.
+        # The norm keeps x, but the module may have other weights by then.
         parameters = (None if t is None else t.detach().clone() for t in (norm.weight, norm.bias))
 
         def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -202,8 +206,7 @@ class NormReLU(nn.Sequential):
         norm = self[0]
         if not self._is_itself() or not is_plain(norm, nn.GroupNorm):
             return super().forward(x)
-        fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return F.relu_(norm(x)) if fused is None else fused
+        return norm_relu(norm, x)
 
     def parts(self, projection: nn.Module) -> NormedLayer | None:
         """What it computes with, and the 1x1 convolution behind it; None where that is another one
@@ -212,6 +215,12 @@ class NormReLU(nn.Sequential):
 
     def _is_itself(self) -> bool:
         return len(self) == 2 and is_plain(self[1], nn.ReLU)
+
+
+def norm_relu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """As one where there is a kernel for both."""
+    fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.relu_(norm(x)) if fused is None else fused
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
