@@ -185,13 +185,40 @@ def check_weights(path: str, cfg: CfgNode) -> None:
         )
 
 
-def check_last_checkpoint(cfg: CfgNode) -> None:
-    """The same for what is resumed from; where it is damaged or lost, an earlier one will be."""
+def check_last_checkpoint(cfg: CfgNode, *, training: bool) -> None:
+    """The same for what is resumed from, and that a ``training`` has its optimiser.
+
+    Where the file is damaged or lost, an earlier one will be resumed from.
+
+    Raises:
+        ValueError: as above.
+        CheckpointError: for another optimiser's.
+    """
     tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
     path = tag.parent / tag.read_text(errors="replace").strip()
     if path.is_file():
         with contextlib.suppress(RefusedWeightsError):
             check_weights(str(path), cfg)
+            content = read_weights(str(path))
+            if training and "trainer" in content:
+                check_optimizer(content["trainer"], cfg)
+
+
+def check_optimizer(trainer: dict[str, Any], cfg: CfgNode) -> None:
+    """Raises CheckpointError for the state of a trainer with another SOLVER.OPTIMIZER, or none."""
+    optimizer = trainer.get("_trainer", {}).get("optimizer")
+    if optimizer is None:
+        raise CheckpointError(
+            "The training to resume is not of this trainer: its checkpoint has no optimiser's "
+            "state; take it as MODEL.WEIGHTS without --resume."
+        )
+    (group, *_) = optimizer["param_groups"]
+    is_sgd = "momentum" in group  # of the two that there are
+    if is_sgd != (cfg.SOLVER.OPTIMIZER == "SGD"):
+        raise CheckpointError(
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}, but the training to resume is of "
+            "another; set it to that, or take the checkpoint as MODEL.WEIGHTS without --resume."
+        )
 
 
 def warn_of_frozen_random_weights(cfg: CfgNode) -> None:

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from sasa_det.checkpoint import CheckpointError, WholeCheckpointer
+from sasa_det.checkpoint import WholeCheckpointer, check_optimizer
 from sasa_det.config import check_training_config
 from sasa_det.data import (
     TrainLoader,
@@ -122,14 +122,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises CheckpointError for the state of another SOLVER.OPTIMIZER."""
-        optimizers = state_dict["_trainer"]["optimizer"], self._trainer.optimizer.state_dict()
-        there, here = ("momentum" in x["param_groups"][0] for x in optimizers)
-        if there != here:  # of the two that there are, SGD has it
-            raise CheckpointError(
-                f"SOLVER.OPTIMIZER is {self.cfg.SOLVER.OPTIMIZER}, but the training to resume is "
-                "of another; set it to that, or take the checkpoint as MODEL.WEIGHTS without "
-                "--resume."
-            )
+        check_optimizer(state_dict, self.cfg)
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
         self.data_loader.seed = state_dict.get("data_seed", self.data_loader.seed)

@@ -78,9 +78,22 @@ def test_a_checkpoint_of_another_backbone_is_not_resumed_from(trained):
 
 def test_another_optimizers_training_is_not_resumed(trained):
     command = ["--config", "configs/demo.yaml", "--resume", *QUICK, "OUTPUT_DIR", trained[0]]
+    before = (trained[0] / "config.yaml").read_text()
     run = train_net(*command, "SOLVER.OPTIMIZER", "SGD", check=False)
+    assert (trained[0] / "config.yaml").read_text() == before
     sentence = run.stderr.splitlines()[-1]
     assert "SOLVER.OPTIMIZER is SGD, but the training to resume is of another" in sentence
+
+
+def test_a_training_without_an_optimizers_state_is_not_resumed(trained, tmp_path):
+    """Such as detectron2 0.5 writes."""
+    checkpoint = torch.load(trained[0] / "model_final.pth", weights_only=True)
+    del checkpoint["trainer"]["_trainer"]["optimizer"]
+    torch.save(checkpoint, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    command = ["--config", "configs/demo.yaml", "--resume", *QUICK, "OUTPUT_DIR", tmp_path]
+    run = train_net(*command, check=False)
+    assert "has no optimiser's state; take it as MODEL.WEIGHTS" in run.stderr.splitlines()[-1]
 
 
 def test_evaluation_alone_writes_its_figures_beside_the_checkpoint(trained, tmp_path):

@@ -85,7 +85,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     What is doubtful about the datasets becomes ``args.dataset_warnings``, a sentence each.
 
     Raises:
-        FileNotFoundError, ValueError: with one sentence for the user.
+        FileNotFoundError, ValueError, CheckpointError: with one sentence for the user.
     """
     cfg = load_config(args.config_file, args.opts)
     args.dataset_warnings = check_config_datasets(cfg, training=not args.eval_only)
@@ -104,7 +104,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"checkpoint of OUTPUT_DIR, which is {cfg.OUTPUT_DIR!r}."
         )
     if args.resume and has_checkpoint:  # then nobody reads the others
-        check_last_checkpoint(cfg)
+        check_last_checkpoint(cfg, training=not args.eval_only)
     else:
         check_weights(weights, cfg)
     if not args.eval_only and not args.resume:
@@ -142,6 +142,6 @@ if __name__ == "__main__":
     try:
         # Before processes are started: one sentence instead of a stack of frames from each.
         arguments.cfg = setup(arguments)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     launch(main, arguments, device=arguments.cfg.MODEL.DEVICE)
