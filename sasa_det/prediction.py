@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +109,6 @@ def output_names(paths: Sequence[str]) -> dict[str, str]:
                 "rename one of the two."
             )
     return names
-
-
-def check_overwriting(inputs: Iterable[str], outputs: Iterable[Path]) -> None:
-    """Raises ValueError where an output is a file that is read, by whatever name."""
-    read = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, inputs)}
-    for path in outputs:
-        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in read:
-            raise ValueError(
-                f"The output {str(path)!r} is one of the files that are read; choose another "
-                "--output."
-            )
 
 
 def read_annotations(path: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,24 @@ def make_folder_of(*paths: Path) -> None:
     for path in paths:
         if path.is_dir():
             raise ValueError(f"The output {str(path)!r} is a folder; choose a name for a file.")
+
+
+def check_overwriting(inputs: Iterable[str], outputs: Iterable[Path]) -> None:
+    """Raises ValueError where an output is a file that is read, by whatever name."""
+    read = {_file_of(path) for path in inputs}
+    for path in outputs:
+        if path.exists() and _file_of(path) in read:
+            raise ValueError(
+                f"The output {str(path)!r} is one of the files that are read; choose another."
+            )
+
+
+def _file_of(path: str | Path) -> tuple[int, int] | None:
+    """The same for all names of a file; None if there is none."""
+    if not os.path.exists(path):
+        return None
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 @contextmanager

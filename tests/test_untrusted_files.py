@@ -234,7 +234,7 @@ def test_weights_are_written_to_files_that_can_be_loaded(tmp_path):
     sentence = tool("tools/extract_weights.py", tmp_path / "none.pth", tmp_path / "b.pth")
     assert "none.pth' holds no state of a detectron2 model" in sentence
     sentence = tool("tools/extract_weights.py", tmp_path / "none.pth", tmp_path / "none.pth")
-    assert "none.pth' is the checkpoint itself" in sentence
+    assert "none.pth' is one of the files that are read" in sentence
     sentence = tool("tools/extract_weights.py", tmp_path / "none.pth", tmp_path / "none.pth/b.pth")
     assert f"The output folder '{tmp_path}/none.pth' cannot be written: File exists" in sentence
     assert read_weights(str(tmp_path / "none.pth")) == {"model": {}}

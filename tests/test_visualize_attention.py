@@ -231,6 +231,15 @@ def test_a_mistake_is_answered_in_one_sentence(
     assert "Traceback" not in printed
 
 
+def test_a_page_is_not_drawn_over_the_image(call_tool, untrained_demo, digits, tmp_path):
+    image = tmp_path / "heads.png"
+    image.write_bytes((digits / "val" / "000001.jpg").read_bytes())
+    before = image.read_bytes()
+    code, _ = call_tool("visualize_attention.py", image, "--output", tmp_path, *untrained_demo)
+    assert "heads.png' is one of the files that are read" in code
+    assert image.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [

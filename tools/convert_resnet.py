@@ -38,7 +38,7 @@ from sasa_det.warm_start import (
     read_checkpoint,
 )
 from sasa_det.weight_files import check_suffix, write_weights
-from sasa_det.whole_files import make_folder_of
+from sasa_det.whole_files import check_overwriting, make_folder_of
 
 
 def main() -> None:
@@ -97,8 +97,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config, args.opts)
     output = Path(args.output)
     check_suffix(args.output)
-    if output.exists() and output.samefile(args.weights):
-        raise ValueError(f"--output {output} is the checkpoint itself; choose another name.")
+    check_overwriting([args.weights], [output])
     make_folder_of(output)
     if args.steps < 1 or args.batch_size < 1:
         raise ValueError("--steps and --batch-size must be positive.")

@@ -41,7 +41,7 @@ from sasa_det.deployment import (
 )
 from sasa_det.deployment.export import METADATA_KEY, require
 from sasa_det.prediction import load_metadata, load_model, split_overrides
-from sasa_det.whole_files import make_folder_of, whole_file
+from sasa_det.whole_files import check_overwriting, make_folder_of, whole_file
 
 # Of what eager computes, in the norm over all values of an output.
 TOLERANCE = 1e-4
@@ -57,6 +57,7 @@ def main() -> None:
     output = Path(args.output)
     check_arguments(args)
     others = {path: runner(path) for path in args.beside}
+    check_overwriting(args.beside, [output])
     make_folder_of(output)
     cfg = load_config(args.config, [*args.opts, "MODEL.DEVICE", "cpu"])
     network = network_of(trained_or_random(cfg))

@@ -16,7 +16,7 @@ import sasa_det  # noqa: F401  (before detectron2, see compat.py)
 
 # isort: split
 from sasa_det.weight_files import check_suffix, model_of, read_weights, write_weights
-from sasa_det.whole_files import make_folder_of
+from sasa_det.whole_files import check_overwriting, make_folder_of
 
 
 def main() -> None:
@@ -24,10 +24,7 @@ def main() -> None:
     check_suffix(args.output)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"The checkpoint {args.checkpoint!r} does not exist.")
-    if Path(args.output).exists() and Path(args.output).samefile(args.checkpoint):
-        raise ValueError(
-            f"The output {args.output!r} is the checkpoint itself; give it another name."
-        )
+    check_overwriting([args.checkpoint], [Path(args.output)])
     make_folder_of(Path(args.output))
     content = read_weights(args.checkpoint)
     tensors = model_of(content, args.checkpoint)

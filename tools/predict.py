@@ -34,7 +34,6 @@ from PIL import Image
 from sasa_det.data import build_test_mapper
 from sasa_det.prediction import (
     categories_of,
-    check_overwriting,
     find_pictures,
     image_ids,
     load_metadata,
@@ -44,7 +43,7 @@ from sasa_det.prediction import (
     read_annotations,
     split_overrides,
 )
-from sasa_det.whole_files import make_folder_of
+from sasa_det.whole_files import check_overwriting, make_folder_of
 
 try:
     from detectron2.utils.visualizer import Visualizer

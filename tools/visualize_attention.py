@@ -47,7 +47,7 @@ from sasa_det.prediction import (
     prediction_config,
     split_overrides,
 )
-from sasa_det.whole_files import make_folder_of
+from sasa_det.whole_files import check_overwriting, make_folder_of
 
 NUM_DETECTIONS = 3
 
@@ -57,7 +57,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     sample = build_test_mapper(cfg)({"file_name": args.image})
     points = [parse_point(text, sample["width"], sample["height"]) for text in args.points]
     output = Path(args.output)
-    make_folder_of(*(output / page for page in ("heads.png", "layers.png", "embeddings.png")))
+    pages = [output / name for name in ("heads.png", "layers.png", "embeddings.png")]
+    check_overwriting([args.image], pages)
+    make_folder_of(*pages)
     model = load_model(cfg)
     layer = args.layer or default_layer(model)
     models = {"": model}
