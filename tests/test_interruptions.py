@@ -239,12 +239,12 @@ if __name__ == "__main__":
     batches = load()
     assert len(multiprocessing.active_children()) == 2
     next(batches)
-else:  # where another program starts, a worker or a fork server
+else:  # spawned
     tell()
 """
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_what_loads_the_images_is_there_when_told_to_end_as_soon_as_it_starts(
     start_method, tmp_path
 ):

@@ -50,8 +50,12 @@ class TrainingDataLoader(DataLoader):
         )
 
     def __iter__(self) -> Any:
-        # Workers, and a fork server, start with the signals blocked that are blocked here: until
-        # they ignore SIGTERM, it waits. The training is told by another thread, or afterwards.
+        # A fork server would keep SIGTERM blocked, and have it so in all that others start by it:
+        # there a worker that is told to end as it starts still does, and the training with it.
+        if multiprocessing.get_start_method() == "forkserver":
+            return super().__iter__()
+        # Workers start with the signals blocked that are blocked here, so SIGTERM waits until they
+        # ignore it. What is sent to the training another thread takes, or this one afterwards.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()

@@ -163,9 +163,12 @@ class PreActivationSelfAttention2d(nn.Module):
         fused = None if parts is None else normed_attention(x, [parts])
         if fused is not None:
             return fused
-        # A group norm costs less to compute again than its output takes memory until then.
+        # A group norm costs less to compute again than its output takes memory until then. Exported
+        # programs are to show it once.
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and not shows_steps():
-            normed = checkpoint(norm_relu, norm, x, use_reentrant=False, preserve_rng_state=False)
+            normed = checkpoint(
+                lambda x: F.relu_(norm(x)), x, use_reentrant=False, preserve_rng_state=False
+            )
             return add_attention(x, self.attention, normed)
         normed = norm(x)
         if not normed.requires_grad or makes_a_program():
@@ -206,7 +209,8 @@ class NormReLU(nn.Sequential):
         norm = self[0]
         if not self._is_itself() or not is_plain(norm, nn.GroupNorm):
             return super().forward(x)
-        return norm_relu(norm, x)
+        fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.relu_(norm(x)) if fused is None else fused
 
     def parts(self, projection: nn.Module) -> NormedLayer | None:
         """What it computes with, and the 1x1 convolution behind it; None where that is another one
@@ -215,12 +219,6 @@ class NormReLU(nn.Sequential):
 
     def _is_itself(self) -> bool:
         return len(self) == 2 and is_plain(self[1], nn.ReLU)
-
-
-def norm_relu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """As one where there is a kernel for both."""
-    fused = group_norm_relu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.relu_(norm(x)) if fused is None else fused
 
 
 def add_attention(residual: Tensor | None, attention: nn.Module, x: Tensor) -> Tensor:
