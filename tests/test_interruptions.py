@@ -208,7 +208,7 @@ def test_killed_at_fifty_random_moments_it_comes_to_the_same_weights(uninterrupt
 
 
 LOADING = """
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, time
 
 import sasa_det
 from sasa_det.config import load_config
@@ -250,6 +250,25 @@ def test_what_loads_the_images_is_there_when_told_to_end_as_soon_as_it_starts(
 ):
     program = tmp_path / "program.py"
     program.write_text(LOADING + TOLD_AT_ONCE)
+    run = run_tool(program, start_method)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+OF_OTHERS = """
+if __name__ == "__main__":
+    batches = load()
+    process = multiprocessing.Process(target=time.sleep, args=[60])
+    process.start()
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == -signal.SIGTERM
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_processes_that_load_no_images_can_be_told_to_end(start_method, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LOADING + OF_OTHERS)
     run = run_tool(program, start_method)
     assert run.returncode == 0, run.stderr[-3000:]
 

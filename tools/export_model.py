@@ -56,8 +56,8 @@ def main() -> None:
     args = parse_args()
     output = Path(args.output)
     check_arguments(args)
-    others = {path: runner(path) for path in args.beside}
     check_overwriting(args.beside, [output])
+    others = {path: runner(path) for path in args.beside}
     make_folder_of(output)
     cfg = load_config(args.config, [*args.opts, "MODEL.DEVICE", "cpu"])
     network = network_of(trained_or_random(cfg))
