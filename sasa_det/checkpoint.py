@@ -160,8 +160,11 @@ def check_weights(path: str, cfg: CfgNode) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"The checkpoint {path!r} of MODEL.WEIGHTS does not exist.")
     content = read_weights(path)
-    if not path.endswith((".pth", SAFETENSORS)):
-        return
+    if path.endswith((".pth", SAFETENSORS)):
+        _check_backbone(content, path, cfg)
+
+
+def _check_backbone(content: dict[str, Any], path: str, cfg: CfgNode) -> None:
     theirs = _shapes(model_of(content, path))
     with torch.device("meta"):
         ours = _shapes(build_backbone(cfg).state_dict())
@@ -198,8 +201,8 @@ def check_last_checkpoint(cfg: CfgNode, *, training: bool) -> None:
     path = tag.parent / tag.read_text(errors="replace").strip()
     if path.is_file():
         with contextlib.suppress(RefusedWeightsError):
-            check_weights(str(path), cfg)
             content = read_weights(str(path))
+            _check_backbone(content, str(path), cfg)
             if training and "trainer" in content:
                 check_optimizer(content["trainer"], cfg)
 

@@ -121,7 +121,7 @@ class Trainer(DefaultTrainer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises CheckpointError for the state of another SOLVER.OPTIMIZER."""
+        """Raises CheckpointError for the state of another SOLVER.OPTIMIZER, or of none."""
         check_optimizer(state_dict, self.cfg)
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])

@@ -44,9 +44,9 @@ def make_folder_of(*paths: Path) -> None:
 
 def check_overwriting(inputs: Iterable[str], outputs: Iterable[Path]) -> None:
     """Raises ValueError where an output is a file that is read, by whatever name."""
-    read = {_file_of(path) for path in inputs}
+    read = {_file_of(path) for path in inputs} - {None}
     for path in outputs:
-        if path.exists() and _file_of(path) in read:
+        if _file_of(path) in read:
             raise ValueError(
                 f"The output {str(path)!r} is one of the files that are read; choose another."
             )
@@ -54,9 +54,10 @@ def check_overwriting(inputs: Iterable[str], outputs: Iterable[Path]) -> None:
 
 def _file_of(path: str | Path) -> tuple[int, int] | None:
     """The same for all names of a file; None if there is none."""
-    if not os.path.exists(path):
+    try:
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    stat = os.stat(path)
     return stat.st_dev, stat.st_ino
 
 

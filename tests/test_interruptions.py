@@ -244,13 +244,18 @@ else:  # spawned
 """
 
 
+def run_loading(rest, start_method, folder):
+    """A program that ``load()``s pictures in two processes."""
+    program = folder / "program.py"
+    program.write_text(LOADING + rest)
+    return run_tool(program, start_method)
+
+
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_what_loads_the_images_is_there_when_told_to_end_as_soon_as_it_starts(
     start_method, tmp_path
 ):
-    program = tmp_path / "program.py"
-    program.write_text(LOADING + TOLD_AT_ONCE)
-    run = run_tool(program, start_method)
+    run = run_loading(TOLD_AT_ONCE, start_method, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -267,9 +272,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_processes_that_load_no_images_can_be_told_to_end(start_method, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(LOADING + OF_OTHERS)
-    run = run_tool(program, start_method)
+    run = run_loading(OF_OTHERS, start_method, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -283,9 +286,7 @@ def runs(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_what_loads_the_images_ends_with_a_training_that_is_killed(start_method, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(LOADING + KILLED)
-    run = run_tool(program, start_method)
+    run = run_loading(KILLED, start_method, tmp_path)
     assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
     workers = [int(pid) for pid in run.stdout.split()]
     assert workers

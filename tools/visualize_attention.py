@@ -58,6 +58,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     points = [parse_point(text, sample["width"], sample["height"]) for text in args.points]
     output = Path(args.output)
     pages = [output / name for name in ("heads.png", "layers.png", "embeddings.png")]
+    heads, layers, embeddings = pages
     check_overwriting([args.image], pages)
     make_folder_of(*pages)
     model = load_model(cfg)
@@ -75,15 +76,15 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     ]
     picture = read_image(args.image, "RGB")
     title = f"What the heads of {layer} attend to from the cross, in the frame"
-    written = draw_heads(picture, views, title, output / "heads.png")
+    written = draw_heads(picture, views, title, heads)
     title = "Which places each layer attends to, over its heads and all points it attends from"
-    written.append(draw_layers(picture, seen, title, output / "layers.png"))
+    written.append(draw_layers(picture, seen, title, layers))
     if seen.layer.rel_rows is None:
         print(f"No embeddings.png: {layer} attends without relative positions.")
     else:
         tables = {when: each.layer for when, each in looks.items()}
         title = f"The position embeddings of {layer}, by the offset in positions"
-        written.append(draw_embeddings(tables, title, output / "embeddings.png"))
+        written.append(draw_embeddings(tables, title, embeddings))
     print(*written, sep="\n")
 
 
